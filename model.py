@@ -1,0 +1,959 @@
+"""Qwen2-VL and Qwen2.5-VL by hand: the network, its weights on disk, and sampling with a KV cache.
+
+Three entry points, everything else serves them:
+
+    network = load_pretrained("path/or/hub-id")                # Hugging Face checkpoint -> QwenVL
+    rollouts = generate(network, prompts, num_generations=8)   # one prompt run once, 8 rollouts continue from its cache
+    logprobs = network(batch, completions, mask)               # one prompt run once, N group members continue, with gradient
+
+The central idea is in the last two lines. A prompt holds about 900 image tokens and an answer about 60, so a group of N
+completions costs P + N*T tokens instead of N*(P + T) when all of them read the prompt's keys and values from one place.
+
+Glossary of shapes
+    B   prompts in a batch                P   prompt tokens (right-padded to the longest)
+    N   completions of each prompt        T   completion tokens (right-padded)
+    D   hidden size                       V   vocabulary
+    H   query heads, K key/value heads, E head size       M   tokens whose log-prob is wanted
+    Activations are flat: x is (tokens, D), first the B*P prompt tokens, then the B*N*T completion tokens.
+
+The network knows nothing of ranks, rewards or what a file means. Modules carry the checkpoint's own names, except that
+q/k/v and gate/up are one matrix each (`FUSED`), which is split again on disk.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message is one line that names the file and the remedy."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Configuration: hub files are flat, transformers 5 nests the language model under "text_config"
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Shape of the vision tower; `window` is None where every block attends over the whole image (Qwen2-VL)."""
+
+    depth: int
+    width: int
+    num_heads: int
+    mlp_width: int
+    out_width: int
+    patch_size: int
+    merge_size: int
+    temporal_patch_size: int
+    in_channels: int
+    window: int | None  # side of an attention window, in merged patches (Qwen2.5-VL)
+    full_attention_blocks: tuple[int, ...]
+
+    @classmethod
+    def from_dict(cls, raw: dict) -> "VisionConfig":
+        windowed = "window_size" in raw  # the two families are told apart by what only one of them has
+        width = raw["hidden_size"] if windowed else raw["embed_dim"]
+        patch, merge = raw["patch_size"], raw.get("spatial_merge_size", 2)
+        return cls(
+            depth=raw["depth"],
+            width=width,
+            num_heads=raw["num_heads"],
+            mlp_width=raw["intermediate_size"] if windowed else int(width * raw.get("mlp_ratio", 4)),
+            out_width=raw["out_hidden_size"] if windowed else raw["hidden_size"],
+            patch_size=patch,
+            merge_size=merge,
+            temporal_patch_size=raw.get("temporal_patch_size", 2),
+            in_channels=raw.get("in_channels", raw.get("in_chans", 3)),
+            window=raw["window_size"] // patch // merge if windowed else None,
+            full_attention_blocks=tuple(raw.get("fullatt_block_indexes", ())),
+        )
+
+
+@dataclass(frozen=True)
+class Config:
+    """Shape of the whole network, and the token ids it treats specially; `raw` is config.json as it was read."""
+
+    vocab_size: int
+    hidden_size: int
+    mlp_width: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    norm_eps: float
+    rope_theta: float
+    mrope_section: tuple[int, ...]  # how many rotary frequencies follow time, height and width
+    tied: bool
+    image_token: int
+    stop_tokens: tuple[int, ...]  # any of these ends a completion
+    forbidden_tokens: tuple[int, ...]  # never sampled: vision tokens, and rows past the tokenizer's last word
+    vision: VisionConfig
+    raw: dict = field(repr=False)
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @classmethod
+    def from_dict(cls, raw: dict, num_words: int | None = None, stop_tokens=()) -> "Config":
+        """Read config.json's content; `num_words` is the tokenizer's size where it is smaller than the vocabulary."""
+        if raw.get("model_type") not in ("qwen2_vl", "qwen2_5_vl"):
+            raise CheckpointError(f"model_type {raw.get('model_type')!r} is neither qwen2_vl nor qwen2_5_vl")
+        text = raw.get("text_config") or raw
+        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+        if text.get("use_sliding_window"):
+            raise CheckpointError("config.json asks for sliding-window attention, which no Qwen2-VL release uses")
+        if "mrope_section" not in rope:
+            raise CheckpointError("config.json has no mrope_section (looked in rope_parameters and rope_scaling)")
+        eos = text.get("eos_token_id")
+        eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
+        vision_tokens = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id",
+                         "vision_token_id")
+        forbidden = {raw.get(name, text.get(name)) for name in vision_tokens} - {None}
+        return cls(
+            vocab_size=text["vocab_size"],
+            hidden_size=text["hidden_size"],
+            mlp_width=text["intermediate_size"],
+            num_layers=text["num_hidden_layers"],
+            num_heads=text["num_attention_heads"],
+            num_kv_heads=text.get("num_key_value_heads") or text["num_attention_heads"],
+            norm_eps=text.get("rms_norm_eps", 1e-6),
+            rope_theta=rope.get("rope_theta", text.get("rope_theta", 1e6)),
+            mrope_section=tuple(rope["mrope_section"]),
+            tied=bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
+            image_token=raw["image_token_id"],
+            stop_tokens=tuple(sorted({*eos, *stop_tokens})),
+            forbidden_tokens=tuple(sorted(forbidden | set(range(num_words or text["vocab_size"], text["vocab_size"])))),
+            vision=VisionConfig.from_dict(raw["vision_config"]),
+            raw=raw,
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The whole network
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class QwenVL(nn.Module):
+    """Vision tower, language model and output head (Qwen2-VL: arXiv 2409.12191; Qwen2.5-VL: arXiv 2502.13923).
+
+    `network(batch, completions, mask)` is the training forward: log-probs of completions, with gradient.
+    `generate` is sampling; `network.logits(batch)` is the plain forward that other implementations are compared with.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.checkpoint_activations = False  # recompute each layer in the backward pass instead of storing it
+        self.visual = VisionTower(config.vision)
+        self.model = LanguageModel(config)
+        self.lm_head = None if config.tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        return (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight  # (V, D)
+
+    def forward(self, batch: "PromptBatch", completions, mask, temperature: float = 1.0) -> torch.Tensor:
+        """Log-probs (B, N, T), float32, of completions (B, N, T) under softmax(logits / temperature).
+
+        mask (B, N, T) is True on the tokens that count; the others get 0. Forbidden tokens are left out of the softmax,
+        as in sampling. Each prompt is run once: its N completions attend to its keys and values, and their gradients
+        meet there.
+        """
+        B, N, T = completions.shape
+        P = batch.ids.shape[1]
+        inputs = completions[:, :, : T - 1]  # the token at t is predicted from position t-1: the last is never an input
+        after_prompt = batch.next_position[:, None, None] + torch.arange(T - 1, device=inputs.device)
+        positions = after_prompt.expand(B, N, T - 1).reshape(1, -1).expand(3, -1)
+        rotary = self.model.rotary(torch.cat([batch.positions.flatten(1), positions], dim=1))
+
+        x = torch.cat([self.embed_prompts(batch), self.model.embed_tokens(inputs.flatten())])  # (B*P + B*N*(T-1), D)
+        x = self.model(x, rotary, GroupAttention(batch.lengths, P, N, T - 1), self.checkpoint_activations)
+
+        last = x[: B * P].view(B, P, -1)[torch.arange(B, device=x.device), batch.lengths - 1]  # (B, D) predicts token 0
+        x = torch.cat([last[:, None, None].expand(-1, N, -1, -1), x[B * P :].view(B, N, T - 1, -1)], dim=2)
+        wanted = self.model.norm(x[mask])  # (M, D): the head never sees the other positions
+        values = token_log_probs(wanted, self.head_weight, completions[mask], temperature, self.config.forbidden_tokens)
+        return torch.zeros(mask.shape, device=values.device).masked_scatter(mask, values)
+
+    def logits(self, batch: "PromptBatch") -> torch.Tensor:
+        """Logits (B, P, V) at every prompt position; nothing is left out of them."""
+        B, P = batch.ids.shape
+        rotary = self.model.rotary(batch.positions.flatten(1))
+        x = self.model(self.embed_prompts(batch), rotary, GroupAttention(batch.lengths, P))
+        return F.linear(self.model.norm(x), self.head_weight).view(B, P, -1)
+
+    def embed_prompts(self, batch: "PromptBatch") -> torch.Tensor:
+        """Token embeddings (B*P, D), with the vision tower's features in the image slots."""
+        ids = batch.ids.flatten()
+        x = self.model.embed_tokens(ids)
+        if len(batch.grid_thw) == 0:
+            return x
+        features = self.visual(batch.pixels, batch.grid_thw)
+        return x.masked_scatter((ids == self.config.image_token)[:, None], features.to(x.dtype))
+
+
+class LanguageModel(nn.Module):
+    """Qwen2: pre-norm transformer with grouped-query attention and multimodal rotary positions."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+
+    def forward(self, x, rotary, attend, checkpoint_activations: bool = False) -> torch.Tensor:
+        """Run the layers on flat tokens x (tokens, D); `attend` knows which token may see which. No final norm."""
+        for layer in self.layers:
+            if checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(layer, x, rotary, attend, use_reentrant=False)
+            else:
+                x = layer(x, rotary, attend)
+        return x
+
+    def rotary(self, positions: torch.Tensor) -> "Rotary":
+        """Rotation tables for M-RoPE positions (3, tokens): each frequency follows one of time, height, width."""
+        half = self.config.head_dim // 2
+        frequency = self.config.rope_theta ** -(torch.arange(half, device=positions.device).float() / half)
+        axis = torch.arange(3).repeat_interleave(torch.tensor(self.config.mrope_section)).to(positions.device)
+        return Rotary(positions[axis].T.float() * frequency)  # angles (tokens, E/2)
+
+
+class Layer(nn.Module):
+    """One transformer block. It sees flat tokens only, so prompts and completions go through it in a single call."""
+
+    def __init__(self, config: Config, index: int):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.self_attn = Attention(config, index)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = GatedMLP(config.hidden_size, config.mlp_width, bias=False)
+
+    def forward(self, x, rotary, attend) -> torch.Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotary, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Attention(nn.Module):
+    """Projections and rotation; who attends to whom is decided by `attend` (GroupAttention or KVCache)."""
+
+    def __init__(self, config: Config, index: int):
+        super().__init__()
+        self.index, self.head_dim = index, config.head_dim
+        self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        self.qkv_proj = nn.Linear(config.hidden_size, sum(self.heads) * config.head_dim, bias=True)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x, rotary, attend) -> torch.Tensor:
+        heads = self.qkv_proj(x).view(len(x), -1, self.head_dim)
+        q, k, v = heads.split(self.heads, dim=1)  # (tokens, H, E), (tokens, K, E), (tokens, K, E)
+        return self.o_proj(attend(self.index, rotary(q), rotary(k), v).flatten(1))
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU feed-forward block, gate and up projection in one matrix."""
+
+    def __init__(self, width: int, mlp_width: int, bias: bool):
+        super().__init__()
+        self.gate_up_proj = nn.Linear(width, 2 * mlp_width, bias=bias)
+        self.down_proj = nn.Linear(mlp_width, width, bias=bias)
+
+    def forward(self, x) -> torch.Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class Rotary:
+    """Rotates pairs (i, i + E/2) of each head by a per-token angle; tables stay float32 whatever the network's dtype."""
+
+    def __init__(self, angles: torch.Tensor):  # (tokens, E/2)
+        self.cos, self.sin = angles.cos()[:, None], angles.sin()[:, None]  # (tokens, 1, E/2)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:  # (tokens, heads, E)
+        a, b = x.float().chunk(2, dim=-1)
+        return torch.cat([a * self.cos - b * self.sin, b * self.cos + a * self.sin], dim=-1).to(x.dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Who attends to whom
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class GroupAttention:
+    """Causal attention inside each prompt; each completion sees its own prompt and its own past.
+
+    Called as attend(layer, q, k, v) on flat tokens. Prompts are right-padded: under a causal mask no real token ever
+    sees the padding behind it, so prompts need no mask, only the completions that follow. With `cache`, the prompts'
+    keys and values are kept for decoding.
+    """
+
+    def __init__(self, lengths, P: int, N: int = 0, T: int = 0, cache: "KVCache | None" = None):
+        self.B, self.P, self.N, self.T, self.cache = len(lengths), P, N, T, cache
+        if N * T:
+            prompt = torch.arange(P, device=lengths.device) < lengths[:, None]  # (B, P) True = a real prompt token
+            causal = torch.ones(T, T, dtype=torch.bool, device=lengths.device).tril()
+            mask = torch.cat([prompt[:, None].expand(-1, T, -1), causal.expand(self.B, -1, -1)], dim=-1)
+            self.mask = mask.repeat_interleave(N, dim=0)[:, None]  # (B*N, 1, T, P+T) True = may be seen
+
+    def __call__(self, layer: int, q, k, v) -> torch.Tensor:
+        B, P, N, T = self.B, self.P, self.N, self.T
+        prompt_q, prompt_k, prompt_v = (x[: B * P].unflatten(0, (B, P)).transpose(1, 2) for x in (q, k, v))
+        if self.cache is not None:
+            self.cache.store_prompts(layer, prompt_k, prompt_v)
+        out = F.scaled_dot_product_attention(prompt_q, prompt_k, prompt_v, is_causal=True, enable_gqa=True)
+        out = out.transpose(1, 2).flatten(0, 1)  # (B*P, H, E)
+        if not N * T:
+            return out
+        own_q, own_k, own_v = (x[B * P :].unflatten(0, (B * N, T)).transpose(1, 2) for x in (q, k, v))
+        # Grouped heads make keys and values small, so each completion gets a copy of its prompt's: autograd adds the
+        # copies' gradients up, and one fused attention call serves the group.
+        keys = torch.cat([prompt_k.repeat_interleave(N, dim=0), own_k], dim=2)  # (B*N, K, P+T, E)
+        values = torch.cat([prompt_v.repeat_interleave(N, dim=0), own_v], dim=2)
+        own = F.scaled_dot_product_attention(own_q, keys, values, attn_mask=self.mask, enable_gqa=True)
+        return torch.cat([out, own.transpose(1, 2).flatten(0, 1)])
+
+
+class KVCache:
+    """Keys and values while decoding: each prompt's once, and a preallocated stretch for each of its N rows.
+
+    Called as attend(layer, q, k, v) on one new token per row (B*N, heads, E). Rows of one prompt share the product with
+    the prompt's keys: no copy of a 900-token prompt per rollout, in memory or in bandwidth.
+    """
+
+    def __init__(self, config: Config, lengths, N: int, max_tokens: int):
+        self.B, self.N, self.t, self.lengths = len(lengths), N, 0, lengths
+        self.max_tokens, self.num_layers = max_tokens, config.num_layers
+        self.prompts = [None] * config.num_layers  # per layer: keys and values (B, K, P, E)
+        self.rows = None  # (layers, 2, B*N, K, max_tokens, E)
+
+    def store_prompts(self, layer: int, k, v):
+        self.prompts[layer] = (k.contiguous(), v.contiguous())
+        if self.rows is None:
+            _, K, P, E = k.shape
+            self.rows = k.new_empty(self.num_layers, 2, self.B * self.N, K, self.max_tokens, E)
+            padding = torch.arange(P, device=k.device) >= self.lengths[:, None]  # (B, P)
+            self.padding = padding[:, None, None] if padding.any() else None
+
+    def __call__(self, layer: int, q, k, v) -> torch.Tensor:
+        B, N, t = self.B, self.N, self.t
+        prompt_k, prompt_v = self.prompts[layer]
+        _, K, P, E = prompt_k.shape
+        g = q.shape[1] // K  # query heads that share a key/value head
+        self.rows[layer, 0, :, :, t] = k
+        self.rows[layer, 1, :, :, t] = v
+        own_k, own_v = self.rows[layer, :, :, :, : t + 1]  # (B*N, K, t+1, E) each
+
+        q = (q * E**-0.5).view(B, N, K, g, E)
+        by_prompt = q.transpose(1, 2).reshape(B, K, N * g, E)  # all rows of a prompt against its keys in one product
+        scores = by_prompt @ prompt_k.transpose(2, 3)  # (B, K, N*g, P)
+        if self.padding is not None:
+            scores = scores.masked_fill(self.padding, -torch.inf)
+        scores = scores.view(B, K, N, g, P).transpose(1, 2)
+        own_scores = (q.view(B * N, K, g, E) @ own_k.transpose(2, 3)).view(B, N, K, g, t + 1)
+        weights = torch.cat([scores, own_scores], dim=-1).softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+
+        on_prompt, on_own = weights.split([P, t + 1], dim=-1)
+        out = on_prompt.transpose(1, 2).reshape(B, K, N * g, P) @ prompt_v
+        out = out.view(B, K, N, g, E).transpose(1, 2).reshape(B * N, K, g, E)
+        out = out + on_own.reshape(B * N, K, g, t + 1) @ own_v
+        return out.reshape(B * N, K * g, E)
+
+    def keep(self, prompts, rows, N: int):
+        """Keep only some prompts (B',) and rows (B'*N',), in that order: finished rows cost nothing any more."""
+        self.prompts = [(k[prompts], v[prompts]) for k, v in self.prompts]
+        self.padding = None if self.padding is None else self.padding[prompts]
+        kept = self.rows.new_empty(*self.rows.shape[:2], len(rows), *self.rows.shape[3:])
+        kept[:, :, :, :, : self.t] = self.rows[:, :, rows, :, : self.t]
+        self.rows, self.B, self.N = kept, len(prompts), N
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Vision tower
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class VisionTower(nn.Module):
+    """ViT over the patches of all images at once; 2x2 neighbouring patches leave it merged into one feature."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config)
+        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
+        self.merger = PatchMerger(config)
+
+    def forward(self, pixels, grid_thw) -> torch.Tensor:
+        """pixels (patches, channels*time*14*14), grid_thw (images, 3) in patches -> features (patches/4, D).
+
+        Patches come in the processor's order: the merge_size**2 patches of one merged feature are neighbours.
+        """
+        config, unit = self.config, self.config.merge_size**2
+        grids = grid_thw.tolist()
+        if any(t != 1 for t, _, _ in grids):
+            raise ValueError(f"only still images are supported, got grids {grids}")
+        image_lengths = [t * h * w for t, h, w in grids]
+        order, window_lengths = window_order(grids, config)
+        x = self.patch_embed(pixels)  # (patches, width)
+        rotary = Rotary(patch_angles(grids, config).to(x.device))
+        if order is not None:
+            in_order = (order.to(x.device)[:, None] * unit + torch.arange(unit, device=x.device)).flatten()
+            x, rotary.cos, rotary.sin = x[in_order], rotary.cos[in_order], rotary.sin[in_order]
+        for i, block in enumerate(self.blocks):
+            whole = order is None or i in config.full_attention_blocks
+            x = block(x, rotary, image_lengths if whole else window_lengths)
+        x = self.merger(x)
+        return x if order is None else x[order.argsort().to(x.device)]
+
+
+def patch_angles(grids, config: VisionConfig) -> torch.Tensor:
+    """2-D rotary angles (patches, E/2): half of the frequencies follow the patch's row, half its column."""
+    m, quarter = config.merge_size, config.width // config.num_heads // 4
+    frequency = 10000.0 ** -(torch.arange(quarter).float() / quarter)
+    angles = []
+    for _, h, w in grids:
+        row, column = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+        blocks = (x.view(h // m, m, w // m, m).transpose(1, 2).flatten() for x in (row, column))  # processor's order
+        angles.append(torch.cat([x[:, None] * frequency for x in blocks], dim=-1))
+    return torch.cat(angles)
+
+
+def window_order(grids, config: VisionConfig):
+    """An order of the merged patches in which every attention window is contiguous, and the windows' lengths in patches.
+
+    Inside an image, windows of equal size follow each other (those at the border are smaller), so that they share one
+    attention call. Returns (None, None) for towers without windows.
+    """
+    if config.window is None:
+        return None, None
+    order, lengths, start = [], [], 0
+    for _, h, w in grids:
+        h, w = h // config.merge_size, w // config.merge_size
+        row, column = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+        window = (row // config.window * w + column // config.window).flatten()
+        size = torch.unique(window, return_inverse=True, return_counts=True)
+        size = size[2][size[1]]  # how many merged patches share each one's window
+        inside = torch.argsort(size * h * w + window, stable=True)
+        order.append(inside + start)
+        lengths += torch.unique_consecutive(window[inside], return_counts=True)[1].tolist()
+        start += h * w
+    return torch.cat(order), [n * config.merge_size**2 for n in lengths]
+
+
+class PatchEmbed(nn.Module):
+    """A convolution whose stride is its kernel is a matrix product; on a CPU the convolution would dominate a step."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
+        self.proj = nn.Conv3d(config.in_channels, config.width, kernel, stride=kernel, bias=False)
+
+    def forward(self, pixels) -> torch.Tensor:
+        weight = self.proj.weight.flatten(1)  # (width, channels*time*14*14)
+        return F.linear(pixels.to(weight.dtype), weight)
+
+
+class VisionBlock(nn.Module):
+    """LayerNorm and a QuickGELU MLP in Qwen2-VL, RMSNorm and SwiGLU in Qwen2.5-VL; the attention is the same."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.norm1, self.norm2 = vision_norm(config), vision_norm(config)
+        self.attn = VisionAttention(config)
+        mlp = VisionMLP if config.window is None else GatedMLP
+        self.mlp = mlp(config.width, config.mlp_width, bias=True)
+
+    def forward(self, x, rotary, lengths) -> torch.Tensor:
+        x = x + self.attn(self.norm1(x), rotary, lengths)
+        return x + self.mlp(self.norm2(x))
+
+
+class VisionAttention(nn.Module):
+    """Full attention inside consecutive segments (images, or windows of them)."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.proj = nn.Linear(config.width, config.width)
+
+    def forward(self, x, rotary, lengths) -> torch.Tensor:
+        q, k, v = self.qkv(x).view(len(x), 3, self.num_heads, -1).unbind(1)  # (patches, heads, E) each
+        q, k = rotary(q), rotary(k)
+        outs, start = [], 0
+        for length, run in groupby(lengths):  # segments of equal length make one batch
+            n = len(list(run))
+            batch = (y[start : start + n * length].unflatten(0, (n, length)).transpose(1, 2) for y in (q, k, v))
+            outs.append(F.scaled_dot_product_attention(*batch).transpose(1, 2).reshape(n * length, -1))
+            start += n * length
+        return self.proj(torch.cat(outs))
+
+
+class VisionMLP(nn.Module):
+    """Two layers with QuickGELU, x * sigmoid(1.702 x), as in CLIP."""
+
+    def __init__(self, width: int, mlp_width: int, bias: bool):
+        super().__init__()
+        self.fc1 = nn.Linear(width, mlp_width, bias=bias)
+        self.fc2 = nn.Linear(mlp_width, width, bias=bias)
+
+    def forward(self, x) -> torch.Tensor:
+        x = self.fc1(x)
+        return self.fc2(x * torch.sigmoid(1.702 * x))
+
+
+class PatchMerger(nn.Module):
+    """Joins merge_size**2 neighbouring patches and projects them to the language model's width."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.ln_q = vision_norm(config)
+        self.joined = config.width * config.merge_size**2
+        self.mlp = nn.Sequential(nn.Linear(self.joined, self.joined), nn.GELU(), nn.Linear(self.joined, config.out_width))
+
+    def forward(self, x) -> torch.Tensor:
+        return self.mlp(self.ln_q(x).view(-1, self.joined))
+
+
+def vision_norm(config: VisionConfig) -> nn.Module:
+    return nn.LayerNorm(config.width, eps=1e-6) if config.window is None else nn.RMSNorm(config.width, eps=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Prompts and completions as tensors
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PromptBatch:
+    """B prompts as one batch, right-padded; pixels and grids of all their images follow each other in prompt order."""
+
+    ids: torch.Tensor  # (B, P)
+    lengths: torch.Tensor  # (B,) real tokens of each prompt
+    positions: torch.Tensor  # (3, B, P) M-RoPE: time, height, width
+    next_position: torch.Tensor  # (B,) of the first completion token, equal on all three axes
+    pixels: torch.Tensor  # (patches, channels*time*14*14)
+    grid_thw: torch.Tensor  # (images, 3)
+
+    @classmethod
+    def from_prompts(cls, prompts, config: Config, device="cpu") -> "PromptBatch":
+        """Build from objects with .ids (P,), .pixels (patches, ...) and .grid_thw (images, 3)."""
+        B, P = len(prompts), max(len(p.ids) for p in prompts)
+        ids = torch.zeros(B, P, dtype=torch.long)
+        positions = torch.zeros(3, B, P, dtype=torch.long)
+        for b, prompt in enumerate(prompts):
+            ids[b, : len(prompt.ids)] = prompt.ids
+            positions[:, b, : len(prompt.ids)] = mrope_positions(prompt.ids, prompt.grid_thw, config)
+        return cls(
+            ids=ids.to(device),
+            lengths=torch.tensor([len(p.ids) for p in prompts]).to(device),
+            positions=positions.to(device),
+            next_position=(positions.amax(dim=(0, 2)) + 1).to(device),
+            pixels=torch.cat([p.pixels for p in prompts]).to(device),
+            grid_thw=torch.cat([p.grid_thw for p in prompts]),  # stays on the CPU: it only steers loops
+        )
+
+
+def mrope_positions(ids, grid_thw, config: Config) -> torch.Tensor:
+    """M-RoPE positions (3, P) of one prompt (P,) with images grid_thw (images, 3), in patches (Qwen2-VL, section 2.1).
+
+    Text advances all three axes together. An image's tokens share one time; rows and columns count up from there, and
+    the text after it goes on from the largest position used. Raises ValueError if ids and grids disagree.
+    """
+    m, images = config.vision.merge_size, iter(grid_thw.tolist())
+    columns, start, i = [], 0, 0
+    is_image = (ids == config.image_token).tolist()
+    while i < len(ids):
+        if not is_image[i]:
+            columns.append(torch.full((3, 1), start))
+            start, i = start + 1, i + 1
+            continue
+        t, h, w = next(images, (0, 0, 0))
+        n = t * (h // m) * (w // m)
+        if n == 0 or not all(is_image[i : i + n]) or i + n > len(ids):
+            raise ValueError(f"image tokens at {i} do not match the grids {grid_thw.tolist()}")
+        index = torch.cartesian_prod(torch.arange(t), torch.arange(h // m), torch.arange(w // m)).T  # (3, n)
+        columns.append(start + index)
+        start, i = start + max(t, h // m, w // m), i + n
+    if next(images, None) is not None:
+        raise ValueError(f"{len(grid_thw)} images, but fewer stretches of image tokens in the prompt")
+    return torch.cat(columns, dim=1)
+
+
+def pad_completions(groups) -> tuple[torch.Tensor, torch.Tensor]:
+    """Groups of N token-id tensors, one group a prompt -> ids (B, N, T) and mask (B, N, T), True on real tokens.
+
+    Groups may differ in size and completions in length; what is missing is padding.
+    """
+    B, N = len(groups), max(len(group) for group in groups)
+    T = max(len(ids) for group in groups for ids in group)
+    padded, mask = torch.zeros(B, N, T, dtype=torch.long), torch.zeros(B, N, T, dtype=torch.bool)
+    for b, group in enumerate(groups):
+        for n, ids in enumerate(group):
+            padded[b, n, : len(ids)], mask[b, n, : len(ids)] = ids, True
+    return padded, mask
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Log-probs without the logits of a whole batch in memory
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def token_log_probs(hidden, weight, targets, temperature: float = 1.0, forbidden=(), chunk: int = 256) -> torch.Tensor:
+    """log softmax(hidden @ weight.T / temperature)[targets] as (M,) float32; hidden (M, D), weight (V, D), targets (M,).
+
+    Works through `chunk` rows at a time, forward and backward, so that memory does not grow with M * V.
+    """
+    forbidden = torch.tensor(forbidden, dtype=torch.long, device=hidden.device)
+    return TokenLogProbs.apply(hidden, weight, targets, temperature, forbidden, chunk)
+
+
+class TokenLogProbs(torch.autograd.Function):
+    """Keeps one number a token (log Z) for the backward pass, which computes each chunk's logits once more."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, forbidden, chunk):
+        ctx.settings = temperature, forbidden, chunk
+        weight32 = weight.float()
+        values, log_z = [], []
+        for h, target in zip(hidden.split(chunk), targets.split(chunk)):
+            logits = scaled_logits(h, weight32, temperature, forbidden)  # (chunk, V)
+            log_z.append(logits.logsumexp(dim=-1))
+            values.append(logits.gather(1, target[:, None])[:, 0] - log_z[-1])
+        empty = hidden.new_zeros(0, dtype=torch.float32)
+        ctx.save_for_backward(hidden, weight, targets, torch.cat([*log_z, empty]))
+        return torch.cat([*values, empty])
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, targets, log_z = ctx.saved_tensors
+        temperature, forbidden, chunk = ctx.settings
+        weight32 = weight.float()
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight32)
+        for start in range(0, len(hidden), chunk):
+            part = slice(start, start + chunk)
+            h = hidden[part].float()
+            logits = scaled_logits(h, weight32, temperature, forbidden)
+            g = (grad[part] / temperature)[:, None]
+            d_logits = logits.sub_(log_z[part, None]).exp_().mul_(-g)  # -g * softmax ...
+            d_logits.scatter_add_(1, targets[part, None], g)  # ... + g at the target
+            grad_hidden[part] = (d_logits @ weight32).to(hidden.dtype)
+            grad_weight.addmm_(d_logits.T, h)
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+
+
+def scaled_logits(hidden, weight, temperature: float, forbidden) -> torch.Tensor:
+    """Float32 logits (M, V) / temperature with forbidden tokens at -inf: the one definition of the policy's softmax."""
+    logits = hidden.float() @ weight.float().T
+    if temperature != 1:
+        logits.div_(temperature)
+    return logits.index_fill_(1, forbidden, -torch.inf)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sampling
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Completion:
+    """What was sampled: ids (T,) with the end token if there is one, their log-probs (T,) under the sampling
+    distribution, and whether it ended by itself (False = cut off at the length limit)."""
+
+    ids: torch.Tensor
+    logprobs: torch.Tensor
+    finished: bool
+
+
+@torch.no_grad()
+def generate(network: QwenVL, prompts, num_generations: int = 1, max_new_tokens: int = 256, temperature: float = 1.0,
+             top_p: float = 1.0, top_k: int = 0, seeds=None) -> list[list[Completion]]:
+    """Sample num_generations completions of each prompt; temperature 0 is greedy decoding.
+
+    `seeds` holds one integer per prompt (default 0, 1, ...): it decides every token of that prompt's rollouts, whatever
+    else is in the batch. Rows that have finished leave the batch. Each prompt is run once (prefill).
+    """
+    config, device, B, N = network.config, network.head_weight.device, len(prompts), num_generations
+    uniform = uniform_draws(seeds or range(B), N, max_new_tokens).to(device)  # (B*N, max_new_tokens)
+    forbidden = torch.tensor(config.forbidden_tokens, dtype=torch.long, device=device)
+    stop = torch.tensor(config.stop_tokens, dtype=torch.long, device=device)
+    ids = torch.zeros(B * N, max_new_tokens, dtype=torch.long, device=device)
+    logprobs = torch.zeros(B * N, max_new_tokens, device=device)
+    length = torch.zeros(B * N, dtype=torch.long, device=device)
+    finished = torch.zeros(B * N, dtype=torch.bool, device=device)
+
+    batch = PromptBatch.from_prompts(prompts, config, device)
+    cache = KVCache(config, batch.lengths, N, max_new_tokens)
+    hidden = prefill(network, batch, cache).repeat_interleave(N, dim=0)  # (B*N, D)
+    position = batch.next_position.repeat_interleave(N)  # (B*N,) of the token being sampled
+    row = torch.arange(B * N, device=device)  # which completion a slot of the batch works on
+    alive = torch.ones(B * N, dtype=torch.bool, device=device)  # slots that have not finished
+    for t in range(max_new_tokens):
+        logits = scaled_logits(hidden[alive], network.head_weight, temperature or 1.0, forbidden)
+        token, logprob = sample_tokens(logits, uniform[row[alive], t], temperature == 0, top_p, top_k)
+        running, ended = row[alive], torch.isin(token, stop)
+        ids[running, t], logprobs[running, t], length[running], finished[running] = token, logprob, t + 1, ended
+        tokens = torch.zeros_like(row).masked_scatter(alive, token)
+        alive = alive.masked_scatter(alive, ~ended)
+        if t + 1 == max_new_tokens or not alive.any():
+            break
+        keep = rows_worth_keeping(alive.view(cache.B, cache.N))
+        if keep is not None:
+            cache.keep(*keep)
+            tokens, alive, row, position = (x[keep[1]] for x in (tokens, alive, row, position))
+        hidden = decode(network, tokens, position + t, cache)
+
+    ids, logprobs, finished = ids.cpu(), logprobs.cpu(), finished.tolist()
+    rows = [Completion(ids[r, :n], logprobs[r, :n], finished[r]) for r, n in enumerate(length.tolist())]
+    return [rows[b * N : (b + 1) * N] for b in range(B)]
+
+
+def uniform_draws(seeds, N: int, length: int) -> torch.Tensor:
+    """One uniform number in [0, 1) for every token that may be sampled, (len(seeds)*N, length) float64.
+
+    Drawn up front and per prompt, so that neither the batch's composition nor rows that leave it move the stream.
+    """
+    draws = [torch.rand(N, length, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
+    return torch.cat(draws)
+
+
+def prefill(network: QwenVL, batch: PromptBatch, cache: KVCache) -> torch.Tensor:
+    """Run the prompts once, fill the cache, and return the final hidden state (B, D) of each prompt's last token."""
+    B, P = batch.ids.shape
+    rotary = network.model.rotary(batch.positions.flatten(1))
+    x = network.model(network.embed_prompts(batch), rotary, GroupAttention(batch.lengths, P, cache=cache))
+    last = x.view(B, P, -1)[torch.arange(B, device=x.device), batch.lengths - 1]
+    return network.model.norm(last)
+
+
+def decode(network: QwenVL, tokens, position, cache: KVCache) -> torch.Tensor:
+    """One step: tokens (B*N,) at M-RoPE positions (B*N,) -> final hidden states (B*N, D); the cache grows by one."""
+    x = network.model(network.model.embed_tokens(tokens), network.model.rotary(position.expand(3, -1)), cache)
+    cache.t += 1
+    return network.model.norm(x)
+
+
+def sample_tokens(logits, uniform, greedy: bool = False, top_p: float = 1.0, top_k: int = 0):
+    """Draw a token from each row of logits (R, V) with the uniform numbers (R,); returns tokens and log-probs, (R,) each.
+
+    Inverts the cumulative distribution in float64, which is several times faster than torch.multinomial at 150,000
+    words and makes the draw a function of one number. top_k keeps the k likeliest tokens, then top_p the smallest set
+    of likeliest tokens whose probability reaches top_p; the log-prob is that of the distribution drawn from.
+    """
+    if greedy:
+        values, tokens = logits.log_softmax(dim=-1).max(dim=-1)
+        return tokens, values
+    candidates = None
+    if top_k or top_p < 1:
+        logits, candidates = likeliest(logits, top_p, top_k)
+    logp = logits.log_softmax(dim=-1)
+    cumulative = logp.double().exp().cumsum(dim=-1)
+    threshold = uniform[:, None] * cumulative[:, -1:]  # the sum is 1 only up to rounding
+    pick = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=logits.shape[-1] - 1)
+    token = pick if candidates is None else candidates.gather(1, pick)
+    return token[:, 0], logp.gather(1, pick)[:, 0]
+
+
+def likeliest(logits, top_p: float, top_k: int, first: int = 1024):
+    """The candidates of top-k and top-p: logits (R, C), sorted, the excluded at -inf, and their token ids (R, C).
+
+    A full sort of 150,000 logits is slow, and the nucleus nearly always fits into the first 1,024 tokens; where it does
+    not, the whole vocabulary is sorted.
+    """
+    V = logits.shape[-1]
+    count = min(top_k or (first if top_p < 1 else V), V)
+    values, ids = logits.topk(count, dim=-1)
+    if top_p < 1:
+        log_z = values.logsumexp(-1, keepdim=True) if top_k else logits.logsumexp(-1, keepdim=True)
+        reached = (values - log_z).exp().cumsum(dim=-1)
+        if not top_k and count < V and (reached[:, -1] < top_p).any():
+            return likeliest(logits, top_p, top_k, first=V)
+        before = F.pad(reached[:, :-1], (1, 0))  # probability of all likelier tokens
+        values = values.masked_fill(before >= top_p, -torch.inf)
+    return values, ids
+
+
+def rows_worth_keeping(alive):
+    """Decide whether dropping finished rows pays: None, or (prompts (B',), rows (B'*N',), N') for KVCache.keep.
+
+    alive (B, N). What remains must be a rectangle again: the prompts that still have a living row, and as many rows of
+    each as the fullest of them needs. Copying the cache is worth it once a fifth of the slots goes.
+    """
+    B, N = alive.shape
+    living = alive.sum(dim=1)
+    prompts, most = living.nonzero()[:, 0], int(living.max())
+    if len(prompts) * most > 0.8 * B * N:
+        return None
+    living_first = alive[prompts].int().argsort(dim=1, descending=True, stable=True)[:, :most]
+    return prompts, (prompts[:, None] * N + living_first).flatten(), most
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Weights on disk
+# ----------------------------------------------------------------------------------------------------------------------
+
+# Our matrices that are several on disk, stacked by rows.
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+# Files beside the weights that a copy of the checkpoint needs; anything else (code above all) is left behind.
+SIDE_FILES = ("tokenizer*.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
+              "generation_config.json", "preprocessor_config.json", "chat_template*", "LICENSE*")
+
+
+def load_pretrained(path, dtype=torch.float32, device="cpu") -> QwenVL:
+    """A QwenVL with the weights of a Hugging Face checkpoint: a directory, or a hub id that is downloaded.
+
+    Reads single or sharded safetensors, hub and transformers-5 names. Raises CheckpointError, in one line, if the
+    checkpoint is absent, of another kind, or lacks a tensor or has one of another shape.
+    """
+    path = find_checkpoint(path)
+    with torch.device("meta"):  # shapes only; every number comes from the files
+        network = QwenVL(read_config(path)).to(dtype)
+    network.to_empty(device=device)
+    files = tensor_files(path)
+    expected = {source for name in network.state_dict() for source in disk_names(name)}
+    missing, unknown = sorted(expected - files.keys()), sorted(files.keys() - expected - {"lm_head.weight"})
+    if missing or unknown:
+        what = f"lacks {missing[0]}" if missing else f"has an unknown tensor {unknown[0]}"
+        raise CheckpointError(f"{path}: {what} ({len(missing)} missing, {len(unknown)} unknown): not this config's weights")
+    for name, parameter in network.state_dict().items():
+        parts = [read_tensor(*files[source]) for source in disk_names(name)]
+        tensor = torch.cat(parts) if len({p.shape[1:] for p in parts}) == 1 else parts[0]
+        if tensor.shape != parameter.shape:
+            raise CheckpointError(f"{path}: {disk_names(name)[0]} has shape {tuple(parts[0].shape)}, which does not fit "
+                                  f"config.json ({name} must be {tuple(parameter.shape)})")
+        parameter.copy_(tensor)
+    return network
+
+
+def save_pretrained(network: QwenVL, directory, source, dtype=torch.bfloat16, max_shard_bytes: int = 5 * 10**9):
+    """Write a Hugging Face checkpoint: weights under their hub names, config.json, and `source`'s tokenizer files."""
+    directory, source = Path(directory), Path(source)
+    directory.mkdir(parents=True, exist_ok=True)
+    shards, size = [{}], 0
+    for name, tensor in network.state_dict().items():
+        for disk_name, part in zip(disk_names(name), split_fused(name, tensor, network.config)):
+            part = part.detach().to("cpu", dtype).contiguous()
+            if shards[-1] and size + part.nbytes > max_shard_bytes:
+                shards, size = [*shards, {}], 0
+            shards[-1][disk_name] = part.clone()
+            size += part.nbytes
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    names = ["model.safetensors"] if len(shards) == 1 else names
+    for file, shard in zip(names, shards):
+        save_file(shard, directory / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        where = {name: file for file, shard in zip(names, shards) for name in shard}
+        total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    config = {**network.config.raw, "torch_dtype": str(dtype).removeprefix("torch.")}
+    config.pop("dtype", None)
+    (directory / "config.json").write_text(json.dumps(config, indent=2))
+    for pattern in SIDE_FILES:
+        for file in source.glob(pattern):
+            shutil.copy(file, directory / file.name)
+
+
+def find_checkpoint(path) -> Path:
+    """The local directory of a checkpoint: `path` itself, or a hub id fetched by huggingface_hub on first use."""
+    if Path(path).is_dir():
+        return Path(path)
+    if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
+        raise CheckpointError(f"{path}: no such checkpoint directory (and not a hub id like Qwen/Qwen2-VL-2B-Instruct)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=["*.safetensors", "*.json", "*.txt"]))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        raise CheckpointError(f"{path}: neither a directory nor reachable on the hub ({type(error).__name__}); "
+                              "download it elsewhere and pass its directory with --model") from None
+
+
+def read_config(path) -> Config:
+    """Config of a checkpoint directory; end tokens also from generation_config.json, the word count from the tokenizer."""
+    raw = read_json(Path(path) / "config.json")
+    try:
+        stop = read_json(Path(path) / "generation_config.json", optional=True).get("eos_token_id", [])
+        return Config.from_dict(raw, count_words(path), stop if isinstance(stop, list) else [stop])
+    except KeyError as error:
+        raise CheckpointError(f"{path}/config.json: no entry {error}: not a Qwen2-VL or Qwen2.5-VL checkpoint") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}/config.json: {error}") from None
+
+
+def count_words(path) -> int | None:
+    """Words of the checkpoint's tokenizer (largest id + 1), or None without tokenizer files."""
+    whole = read_json(Path(path) / "tokenizer.json", optional=True)
+    vocab = whole["model"]["vocab"] if whole else read_json(Path(path) / "vocab.json", optional=True)
+    added = [token["id"] for token in whole.get("added_tokens", [])]
+    added += map(int, read_json(Path(path) / "tokenizer_config.json", optional=True).get("added_tokens_decoder", {}))
+    return max([*vocab.values(), *added]) + 1 if vocab else None
+
+
+def read_json(file: Path, optional: bool = False) -> dict:
+    """A JSON object from a file; an absent file is {} if optional, else a CheckpointError."""
+    if optional and not file.exists():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{file.parent}: no {file.name}: not a checkpoint directory") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: not readable as JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: holds a {type(content).__name__}, not a JSON object")
+    return content
+
+
+def tensor_files(path: Path) -> dict:
+    """Every tensor's hub name -> (file, name in the file), for a single safetensors file or a sharded checkpoint."""
+    index = read_json(path / "model.safetensors.index.json", optional=True)
+    names = sorted(set(index.get("weight_map", {}).values())) or ["model.safetensors"]
+    found = {}
+    for file in (path / Path(name).name for name in names):  # .name: an index must not point outside its directory
+        if not file.exists():
+            raise CheckpointError(f"{path}: no {file.name} (only safetensors checkpoints are read)")
+        try:
+            with safe_open(file, "pt") as tensors:
+                found.update({hub_name(name): (file, name) for name in tensors.keys()})
+        except SafetensorError as error:
+            raise CheckpointError(f"{file}: damaged or not a safetensors file ({error})") from None
+    return found
+
+
+def read_tensor(file, name) -> torch.Tensor:
+    with safe_open(file, "pt") as tensors:
+        return tensors.get_tensor(name)
+
+
+def hub_name(name: str) -> str:
+    """The hub's name for a tensor that transformers 5 may have saved under its own module path."""
+    for prefix, hub in (("model.language_model.", "model."), ("model.visual.", "visual.")):
+        if name.startswith(prefix):
+            return hub + name.removeprefix(prefix)
+    return name
+
+
+def disk_names(name: str) -> list[str]:
+    """The hub's tensor names whose rows, stacked, make our parameter `name`."""
+    for ours, theirs in FUSED.items():
+        if f".{ours}." in name:
+            return [name.replace(ours, part) for part in theirs]
+    return [name]
+
+
+def split_fused(name: str, tensor, config: Config) -> tuple[torch.Tensor, ...]:
+    """The inverse of stacking: the parts of our parameter `name`, in the order of `disk_names`."""
+    if ".qkv_proj." in name:
+        return tensor.split([n * config.head_dim for n in (config.num_heads, config.num_kv_heads, config.num_kv_heads)])
+    return tensor.chunk(2) if ".gate_up_proj." in name else (tensor,)
