@@ -22,7 +22,7 @@ q/k/v and gate/up are one matrix each (`FUSED`), which is split again on disk.
 
 import json
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
@@ -38,109 +38,52 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message is one line that names the file and the remedy."""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Configuration: hub files are flat, transformers 5 nests the language model under "text_config"
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class VisionConfig:
-    """Shape of the vision tower; `window` is None where every block attends over the whole image (Qwen2-VL)."""
-
-    depth: int
-    width: int
-    num_heads: int
-    mlp_width: int
-    out_width: int
-    patch_size: int
-    merge_size: int
-    temporal_patch_size: int
-    in_channels: int
-    window: int | None  # side of an attention window, in merged patches (Qwen2.5-VL)
-    full_attention_blocks: tuple[int, ...]
-
-    @classmethod
-    def from_dict(cls, raw: dict) -> "VisionConfig":
-        windowed = "window_size" in raw  # the two families are told apart by what only one of them has
-        width = raw["hidden_size"] if windowed else raw["embed_dim"]
-        patch, merge = raw["patch_size"], raw.get("spatial_merge_size", 2)
-        return cls(
-            depth=raw["depth"],
-            width=width,
-            num_heads=raw["num_heads"],
-            mlp_width=raw["intermediate_size"] if windowed else int(width * raw.get("mlp_ratio", 4)),
-            out_width=raw["out_hidden_size"] if windowed else raw["hidden_size"],
-            patch_size=patch,
-            merge_size=merge,
-            temporal_patch_size=raw.get("temporal_patch_size", 2),
-            in_channels=raw.get("in_channels", raw.get("in_chans", 3)),
-            window=raw["window_size"] // patch // merge if windowed else None,
-            full_attention_blocks=tuple(raw.get("fullatt_block_indexes", ())),
-        )
-
-
-@dataclass(frozen=True)
 class Config:
-    """Shape of the whole network, and the token ids it treats specially; `raw` is config.json as it was read."""
+    """Shape of the network and its special token ids, from config.json's content.
 
-    vocab_size: int
-    hidden_size: int
-    mlp_width: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    norm_eps: float
-    rope_theta: float
-    mrope_section: tuple[int, ...]  # how many rotary frequencies follow time, height and width
-    tied: bool
-    image_token: int
-    stop_tokens: tuple[int, ...]  # any of these ends a completion
-    forbidden_tokens: tuple[int, ...]  # never sampled: vision tokens, and rows past the tokenizer's last word
-    vision: VisionConfig
-    raw: dict = field(repr=False)
+    Hub files are flat; transformers 5 nests the language model under "text_config". `num_words` is the tokenizer's size
+    where it is smaller than the vocabulary; `stop_tokens` are end tokens beyond the config's own. Raises CheckpointError.
+    """
 
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
-
-    @classmethod
-    def from_dict(cls, raw: dict, num_words: int | None = None, stop_tokens=()) -> "Config":
-        """Read config.json's content; `num_words` is the tokenizer's size where it is smaller than the vocabulary."""
+    def __init__(self, raw: dict, num_words: int | None = None, stop_tokens=()):
         if raw.get("model_type") not in ("qwen2_vl", "qwen2_5_vl"):
             raise CheckpointError(f"model_type {raw.get('model_type')!r} is neither qwen2_vl nor qwen2_5_vl")
-        text = raw.get("text_config") or raw
+        self.raw = raw
+        text, vision = raw.get("text_config") or raw, raw["vision_config"]
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         if text.get("use_sliding_window"):
-            raise CheckpointError("config.json asks for sliding-window attention, which no Qwen2-VL release uses")
-        if "mrope_section" not in rope:
-            raise CheckpointError("config.json has no mrope_section (looked in rope_parameters and rope_scaling)")
+            raise CheckpointError("sliding-window attention, which no Qwen2-VL release uses, is not supported")
+
+        self.vocab_size, self.hidden_size = text["vocab_size"], text["hidden_size"]
+        self.mlp_width, self.num_layers = text["intermediate_size"], text["num_hidden_layers"]
+        self.num_heads = text["num_attention_heads"]
+        self.num_kv_heads = text.get("num_key_value_heads") or self.num_heads
+        self.head_dim = self.hidden_size // self.num_heads
+        self.norm_eps = text.get("rms_norm_eps", 1e-6)
+        self.rope_theta = rope.get("rope_theta", text.get("rope_theta", 1e6))
+        self.mrope_section = rope["mrope_section"]  # how many rotary frequencies follow time, height and width
+        self.tied = bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
+
+        windowed = "window_size" in vision  # Qwen2.5-VL; its tower also has RMSNorm and SwiGLU
+        self.vision_depth, self.vision_heads = vision["depth"], vision["num_heads"]
+        self.vision_width = vision["hidden_size"] if windowed else vision["embed_dim"]
+        self.vision_mlp_width = vision["intermediate_size"] if windowed else self.vision_width * vision["mlp_ratio"]
+        self.patch_size, self.merge_size = vision["patch_size"], vision.get("spatial_merge_size", 2)
+        self.patch_kernel = (vision.get("temporal_patch_size", 2), self.patch_size, self.patch_size)
+        self.in_channels = vision.get("in_channels", vision.get("in_chans", 3))
+        self.window = vision["window_size"] // self.patch_size // self.merge_size if windowed else None  # in features
+        self.full_attention_blocks = vision.get("fullatt_block_indexes", ())
+
+        self.image_token = raw["image_token_id"]
         eos = text.get("eos_token_id")
-        eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
-        vision_tokens = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id",
-                         "vision_token_id")
-        forbidden = {raw.get(name, text.get(name)) for name in vision_tokens} - {None}
-        return cls(
-            vocab_size=text["vocab_size"],
-            hidden_size=text["hidden_size"],
-            mlp_width=text["intermediate_size"],
-            num_layers=text["num_hidden_layers"],
-            num_heads=text["num_attention_heads"],
-            num_kv_heads=text.get("num_key_value_heads") or text["num_attention_heads"],
-            norm_eps=text.get("rms_norm_eps", 1e-6),
-            rope_theta=rope.get("rope_theta", text.get("rope_theta", 1e6)),
-            mrope_section=tuple(rope["mrope_section"]),
-            tied=bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
-            image_token=raw["image_token_id"],
-            stop_tokens=tuple(sorted({*eos, *stop_tokens})),
-            forbidden_tokens=tuple(sorted(forbidden | set(range(num_words or text["vocab_size"], text["vocab_size"])))),
-            vision=VisionConfig.from_dict(raw["vision_config"]),
-            raw=raw,
-        )
+        self.stop_tokens = sorted({*stop_tokens, *(eos if isinstance(eos, list) else [eos])} - {None})
+        # Never sampled: vision tokens, and rows of the embedding past the tokenizer's last word.
+        names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "vision_token_id")
+        vision_tokens = {raw.get(name, text.get(name)) for name in names} - {None}
+        self.forbidden_tokens = sorted(vision_tokens | set(range(num_words or self.vocab_size, self.vocab_size)))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The whole network
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- The whole network -----------------------------------------------------------------------------------------------
 
 
 class QwenVL(nn.Module):
@@ -154,7 +97,7 @@ class QwenVL(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_activations = False  # recompute each layer in the backward pass instead of storing it
-        self.visual = VisionTower(config.vision)
+        self.visual = VisionTower(config)
         self.model = LanguageModel(config)
         self.lm_head = None if config.tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -284,9 +227,7 @@ class Rotary:
         return torch.cat([a * self.cos - b * self.sin, b * self.cos + a * self.sin], dim=-1).to(x.dtype)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Who attends to whom
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Who attends to whom ---------------------------------------------------------------------------------------------
 
 
 class GroupAttention:
@@ -377,19 +318,17 @@ class KVCache:
         self.rows, self.B, self.N = kept, len(prompts), N
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Vision tower
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Vision tower ----------------------------------------------------------------------------------------------------
 
 
 class VisionTower(nn.Module):
     """ViT over the patches of all images at once; 2x2 neighbouring patches leave it merged into one feature."""
 
-    def __init__(self, config: VisionConfig):
+    def __init__(self, config: Config):
         super().__init__()
         self.config = config
         self.patch_embed = PatchEmbed(config)
-        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.vision_depth))
         self.merger = PatchMerger(config)
 
     def forward(self, pixels, grid_thw) -> torch.Tensor:
@@ -415,9 +354,9 @@ class VisionTower(nn.Module):
         return x if order is None else x[order.argsort().to(x.device)]
 
 
-def patch_angles(grids, config: VisionConfig) -> torch.Tensor:
+def patch_angles(grids, config: Config) -> torch.Tensor:
     """2-D rotary angles (patches, E/2): half of the frequencies follow the patch's row, half its column."""
-    m, quarter = config.merge_size, config.width // config.num_heads // 4
+    m, quarter = config.merge_size, config.vision_width // config.vision_heads // 4
     frequency = 10000.0 ** -(torch.arange(quarter).float() / quarter)
     angles = []
     for _, h, w in grids:
@@ -427,7 +366,7 @@ def patch_angles(grids, config: VisionConfig) -> torch.Tensor:
     return torch.cat(angles)
 
 
-def window_order(grids, config: VisionConfig):
+def window_order(grids, config: Config):
     """An order of the merged patches in which every attention window is contiguous, and the windows' lengths in patches.
 
     Inside an image, windows of equal size follow each other (those at the border are smaller), so that they share one
@@ -452,10 +391,9 @@ def window_order(grids, config: VisionConfig):
 class PatchEmbed(nn.Module):
     """A convolution whose stride is its kernel is a matrix product; on a CPU the convolution would dominate a step."""
 
-    def __init__(self, config: VisionConfig):
+    def __init__(self, config: Config):
         super().__init__()
-        kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
-        self.proj = nn.Conv3d(config.in_channels, config.width, kernel, stride=kernel, bias=False)
+        self.proj = nn.Conv3d(config.in_channels, config.vision_width, config.patch_kernel, bias=False)
 
     def forward(self, pixels) -> torch.Tensor:
         weight = self.proj.weight.flatten(1)  # (width, channels*time*14*14)
@@ -465,12 +403,12 @@ class PatchEmbed(nn.Module):
 class VisionBlock(nn.Module):
     """LayerNorm and a QuickGELU MLP in Qwen2-VL, RMSNorm and SwiGLU in Qwen2.5-VL; the attention is the same."""
 
-    def __init__(self, config: VisionConfig):
+    def __init__(self, config: Config):
         super().__init__()
         self.norm1, self.norm2 = vision_norm(config), vision_norm(config)
         self.attn = VisionAttention(config)
         mlp = VisionMLP if config.window is None else GatedMLP
-        self.mlp = mlp(config.width, config.mlp_width, bias=True)
+        self.mlp = mlp(config.vision_width, config.vision_mlp_width, bias=True)
 
     def forward(self, x, rotary, lengths) -> torch.Tensor:
         x = x + self.attn(self.norm1(x), rotary, lengths)
@@ -480,11 +418,11 @@ class VisionBlock(nn.Module):
 class VisionAttention(nn.Module):
     """Full attention inside consecutive segments (images, or windows of them)."""
 
-    def __init__(self, config: VisionConfig):
+    def __init__(self, config: Config):
         super().__init__()
-        self.num_heads = config.num_heads
-        self.qkv = nn.Linear(config.width, 3 * config.width)
-        self.proj = nn.Linear(config.width, config.width)
+        self.num_heads = config.vision_heads
+        self.qkv = nn.Linear(config.vision_width, 3 * config.vision_width)
+        self.proj = nn.Linear(config.vision_width, config.vision_width)
 
     def forward(self, x, rotary, lengths) -> torch.Tensor:
         q, k, v = self.qkv(x).view(len(x), 3, self.num_heads, -1).unbind(1)  # (patches, heads, E) each
@@ -514,23 +452,21 @@ class VisionMLP(nn.Module):
 class PatchMerger(nn.Module):
     """Joins merge_size**2 neighbouring patches and projects them to the language model's width."""
 
-    def __init__(self, config: VisionConfig):
+    def __init__(self, config: Config):
         super().__init__()
         self.ln_q = vision_norm(config)
-        self.joined = config.width * config.merge_size**2
-        self.mlp = nn.Sequential(nn.Linear(self.joined, self.joined), nn.GELU(), nn.Linear(self.joined, config.out_width))
+        self.joined = config.vision_width * config.merge_size**2
+        self.mlp = nn.Sequential(nn.Linear(self.joined, self.joined), nn.GELU(), nn.Linear(self.joined, config.hidden_size))
 
     def forward(self, x) -> torch.Tensor:
         return self.mlp(self.ln_q(x).view(-1, self.joined))
 
 
-def vision_norm(config: VisionConfig) -> nn.Module:
-    return nn.LayerNorm(config.width, eps=1e-6) if config.window is None else nn.RMSNorm(config.width, eps=1e-6)
+def vision_norm(config: Config) -> nn.Module:
+    return nn.LayerNorm(config.vision_width, eps=1e-6) if config.window is None else nn.RMSNorm(config.vision_width, eps=1e-6)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Prompts and completions as tensors
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Prompts and completions as tensors ------------------------------------------------------------------------------
 
 
 @dataclass
@@ -569,7 +505,7 @@ def mrope_positions(ids, grid_thw, config: Config) -> torch.Tensor:
     Text advances all three axes together. An image's tokens share one time; rows and columns count up from there, and
     the text after it goes on from the largest position used. Raises ValueError if ids and grids disagree.
     """
-    m, images = config.vision.merge_size, iter(grid_thw.tolist())
+    m, images = config.merge_size, iter(grid_thw.tolist())
     columns, start, i = [], 0, 0
     is_image = (ids == config.image_token).tolist()
     while i < len(ids):
@@ -603,9 +539,7 @@ def pad_completions(groups) -> tuple[torch.Tensor, torch.Tensor]:
     return padded, mask
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Log-probs without the logits of a whole batch in memory
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Log-probs without the logits of a whole batch in memory ---------------------------------------------------------
 
 
 def token_log_probs(hidden, weight, targets, temperature: float = 1.0, forbidden=(), chunk: int = 256) -> torch.Tensor:
@@ -659,9 +593,7 @@ def scaled_logits(hidden, weight, temperature: float, forbidden) -> torch.Tensor
     return logits.index_fill_(1, forbidden, -torch.inf)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Sampling
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Sampling --------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -825,12 +757,13 @@ def load_pretrained(path, dtype=torch.float32, device="cpu") -> QwenVL:
         what = f"lacks {missing[0]}" if missing else f"has an unknown tensor {unknown[0]}"
         raise CheckpointError(f"{path}: {what} ({len(missing)} missing, {len(unknown)} unknown): not this config's weights")
     for name, parameter in network.state_dict().items():
-        parts = [read_tensor(*files[source]) for source in disk_names(name)]
-        tensor = torch.cat(parts) if len({p.shape[1:] for p in parts}) == 1 else parts[0]
-        if tensor.shape != parameter.shape:
-            raise CheckpointError(f"{path}: {disk_names(name)[0]} has shape {tuple(parts[0].shape)}, which does not fit "
-                                  f"config.json ({name} must be {tuple(parameter.shape)})")
-        parameter.copy_(tensor)
+        targets = split_fused(name, parameter, network.config)
+        for source, target in zip(disk_names(name), targets):
+            tensor = read_tensor(*files[source])
+            if tensor.shape != target.shape:
+                raise CheckpointError(f"{path}: {source} has shape {tuple(tensor.shape)}, config.json says "
+                                      f"{tuple(target.shape)}: weights and config.json do not belong together")
+            target.copy_(tensor)
     return network
 
 
@@ -860,7 +793,8 @@ def save_pretrained(network: QwenVL, directory, source, dtype=torch.bfloat16, ma
     (directory / "config.json").write_text(json.dumps(config, indent=2))
     for pattern in SIDE_FILES:
         for file in source.glob(pattern):
-            shutil.copy(file, directory / file.name)
+            if not (directory / file.name).exists():
+                shutil.copy(file, directory / file.name)
 
 
 def find_checkpoint(path) -> Path:
@@ -884,7 +818,7 @@ def read_config(path) -> Config:
     raw = read_json(Path(path) / "config.json")
     try:
         stop = read_json(Path(path) / "generation_config.json", optional=True).get("eos_token_id", [])
-        return Config.from_dict(raw, count_words(path), stop if isinstance(stop, list) else [stop])
+        return Config(raw, count_words(path), stop if isinstance(stop, list) else [stop])
     except KeyError as error:
         raise CheckpointError(f"{path}/config.json: no entry {error}: not a Qwen2-VL or Qwen2.5-VL checkpoint") from None
     except CheckpointError as error:

@@ -33,8 +33,9 @@ def visurf_advantages(rollout_rewards, label_components: dict, thinking=("thinki
     The label's advantage is the last one. `label_components` maps names to tensors (...) or numbers.
 
     >>> label = {"thinking": 1.0, "format": 2.0, "accuracy": 2.0}             # r(y) = 4 without the thinking reward
-    >>> visurf_advantages(torch.zeros(8), label).round(decimals=3).tolist()   # nobody succeeds: the label leads
-    [-0.333, -0.333, -0.333, -0.333, -0.333, -0.333, -0.333, -0.333, 2.667]
+    >>> visurf_advantages(torch.zeros(8), label)                              # nobody succeeds: the label leads
+    tensor([-0.3333, -0.3333, -0.3333, -0.3333, -0.3333, -0.3333, -0.3333, -0.3333,
+             2.6667])
     """
     reward = label_reward(label_components, thinking, drop_thinking).to(rollout_rewards)
     if smooth:
@@ -112,10 +113,10 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, epsilon_low: float = 0
     Returns the loss and {"clipped": fraction of tokens whose gradient is cut off, "kl": estimate of KL(old, new)},
     both averaged over this call's tokens.
 
-    >>> loss, stats = policy_loss(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3), torch.tensor([[1.0, -1.0]]),
-    ...                           torch.ones(1, 2, 3, dtype=torch.bool))
-    >>> loss.item(), stats["clipped"].item()
-    (0.0, 0.0)
+    >>> new, old = torch.log(torch.tensor([[1.5], [1.1]])), torch.zeros(2, 1)     # ratios 1.5 (clipped to 1.2) and 1.1
+    >>> loss, stats = policy_loss(new, old, torch.tensor([1.0, -1.0]), torch.ones(2, 1, dtype=torch.bool))
+    >>> round(loss.item(), 3), stats["clipped"].item()                            # -(1.2 - 1.1) / 2
+    (-0.05, 0.5)
     """
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)  # (..., N, T)
     kl = log_ratio.detach().expm1() - log_ratio.detach()  # >= 0, unbiased (Schulman's k3)

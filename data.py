@@ -1,0 +1,549 @@
+"""Data: tasks, samples from files or from the built-in generator, images, prompts, labels.
+
+The way of one sample: Sample (image, question, objects) → Processor.encode → Example (ids, pixels, grid_thw, label).
+
+An object is {"bbox_2d": [x1, y1, x2, y2], "point_2d": [x, y]}; [] says that there is nothing to find. A box is x2 - x1
+wide: its corners lie between pixels. Every set of coordinates has a *frame*, the (width, height) its numbers run to:
+pixels of the original image, pixels of the image sent to the model, 0 to 1000. `move_objects` goes from frame to frame.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from io import BytesIO
+from itertools import cycle
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from rewards import parse_answer
+
+Frame = tuple[int, int]                                           # (width, height)
+CONVENTION = {"qwen2_vl": "relative", "qwen2_5_vl": "pixels"}     # the coordinates a network was trained to write
+SPLITS = ("train", "validation", "test")
+MAX_IMAGE_PIXELS = 89_478_485     # Pillow's limit too: a file of a few kB can claim more than memory holds
+MAX_GAP = 32                      # a rollout with longer white space is degenerate: it must not shape the label
+
+
+class DataError(ValueError):
+    """A user's mistake, told in one line: where, what, and what to do about it."""
+
+    def __init__(self, message):
+        super().__init__(" ".join(str(message).split()))
+
+
+def _require(condition, complaint: str):
+    if not condition:
+        raise DataError(complaint)
+
+
+# ---- Tasks ----------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Task:
+    """A task's defaults, the wording of its prompt, and how its answers are scored."""
+
+    name: str
+    model: str
+    data: str
+    eval_data: str
+    instruction: str                     # may use {question}, and {width} and {height} of the model's frame
+    think_format: str = ""               # follows the instruction; may use {example}
+    answer_format: str = ""              # takes its place where no reasoning is asked for
+    example: str = '<answer>[{"bbox_2d": [120, 85, 480, 571], "point_2d": [310, 352]}]</answer>'
+    image_size: Frame | None = None      # all images squashed to one size; None: smart_resize keeps the aspect ratio
+    thresholds: dict | None = None       # fields of rewards.Thresholds; None: the paper's
+    metrics: tuple[str, ...] = ("gIoU", "cIoU", "accuracy", "N-Acc")
+    recipe: dict = field(default_factory=dict)      # where training settings differ from train.py's defaults
+
+    def prompt(self, question: str, frame: Frame, think: bool = True) -> str:
+        """What the user says about an image. frame: the model's, so that the wording names the right coordinates."""
+        text = self.instruction + (self.think_format if think else self.answer_format)
+        return text.format(question=question.strip(), width=frame[0], height=frame[1], example=self.example)
+
+
+GROUNDING = Task(
+    name="grounding",
+    model="Qwen/Qwen2-VL-2B-Instruct",
+    data="Ricky06662/ViSurf_multi_non_object_7300_size840",
+    eval_data="Ricky06662/grefcoco_val_all",
+    image_size=(840, 840),
+    instruction='Find everything in the image that matches "{question}". For each match give its bounding box '
+                "[x1, y1, x2, y2] and one point [x, y] on it, in whole numbers: x runs from 0 at the left edge to "
+                "{width} at the right, y from 0 at the top to {height} at the bottom. If nothing matches, the list is []. ",
+    think_format="First compare the candidates with the description, between <think> and </think>. Then write the "
+                 "list, between <answer> and </answer>. For example: <think>your reasoning</think>{example}",
+    answer_format="Write only the list, between <answer> and </answer>. For example: {example}")
+
+SHAPES = Task(
+    name="shapes",                       # built in: needs no files and no network
+    model=str(Path(__file__).resolve().parent / "assets" / "tiny-qwen2-vl"),
+    data="builtin",
+    eval_data="builtin",
+    image_size=(48, 48),
+    instruction="{question}",            # its network knows some hundred words
+    thresholds={"iou": 0.5, "box_l1": 2 * 840 / 48, "point": 4 * 840 / 48},     # 2 and 4 pixels of 48
+    recipe={"learning_rate": 1e-4, "max_completion_length": 96})
+
+TASKS = {task.name: task for task in (GROUNDING, SHAPES)}
+
+
+# ---- Samples --------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Sample:
+    """A question about an image, and the objects that answer it."""
+
+    id: str
+    question: str
+    image: Image.Image | bytes | Path    # see `open_image`
+    objects: list[dict]                  # in `frame`
+    frame: Frame | None = None           # None: pixels of the image, after EXIF rotation
+    size: Frame | None = None            # of the original, in whose pixels predictions are reported; None: as the image
+    solution: str | None = None          # the label's text, where the data set has one
+    where: str = ""                      # "file, row 3"
+    scene: list[dict] | None = None      # built-in pictures: colour, kind, bbox_2d and point_2d of every shape
+
+
+class Dataset(list):
+    """A list of samples. `skipped` counts bad rows left out, `clipped` label objects cut to their image."""
+
+    skipped = clipped = 0
+
+
+def load_samples(source, task: Task, split="train", limit: int | None = None, skip_bad_rows=False) -> Dataset:
+    """Read and check the samples of a source, or the first `limit`; images inside Parquet stay encoded, in memory.
+
+    source: "builtin", a .jsonl or .json file (an object per line), a .parquet file, a folder of Parquet shards (those
+        of `split` are read), a hub id, or None for the task's own.
+    Columns: image, problem, solution (training: pixels of the stored image; img_width, img_height of the original) or
+        image, text, bbox (test: original pixels; one box, several, or []). Image paths start where the file is.
+    Raises DataError at the first bad row, or skips and counts them.
+    """
+    source = str(source or (task.data if split == "train" else task.eval_data))
+    if source == "builtin":
+        return Dataset(shapes_sample(split, i) for i in range(limit or (2000 if split == "train" else 500)))
+    data = Dataset()
+    for file, number, row in _rows(source, split):
+        if len(data) == limit:
+            break
+        where = f"{file}, row {number}"
+        try:
+            sample, clipped = _read_row(row, file, where)
+            data.append(sample)
+            data.clipped += clipped
+        except DataError as error:
+            _require(skip_bad_rows, f"{where}: {error}; fix it, or leave such rows out: --skip_bad_rows")
+            data.skipped += 1
+    _require(data, f"{source}: no usable rows ({data.skipped} skipped); give other data with --data PATH")
+    return data
+
+
+def _rows(source: str, split: str):
+    """Yield (file, row number from 1, row); the row is a dict, or the bytes of one line of a JSON file."""
+    path = Path(source)
+    if path.is_file() and path.suffix in (".jsonl", ".json"):
+        yield from ((path, number, line) for number, line in enumerate(path.open("rb"), 1) if line.strip())
+        return
+    is_hub_id = source.count("/") == 1 and path.suffix not in (".jsonl", ".json", ".parquet")
+    _require(path.exists() or is_hub_id, f"{source}: no such file or folder; give the data with --data PATH")
+    try:                                 # before a download of gigabytes, not after it
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise DataError(f"{source}: reading Parquet needs pyarrow: pip install pyarrow") from None
+    path = path if path.exists() else _download(source)
+    # of train-00000-of-00001.parquet and test-…, the split's; a name without any split is read for every split
+    files = [path] if path.is_file() else [file for file in sorted(path.rglob("*.parquet"))
+                                           if split in file.stem or not any(name in file.stem for name in SPLITS)]
+    _require(files, f"{source}: no Parquet file of the {split} split in this folder; name a file with --data PATH")
+    for file in files:
+        try:
+            shard = parquet.ParquetFile(file)
+            columns = [name for name in shard.schema_arrow.names if name != "mask"]      # large, and not used
+            batches = shard.iter_batches(batch_size=64, columns=columns)
+            for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
+                yield file, number, row
+        except (OSError, pyarrow.ArrowException) as error:
+            raise DataError(f"{file}: not readable as Parquet ({error}); data are .jsonl, .json or .parquet") from None
+
+
+def _download(hub_id: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+        return Path(snapshot_download(hub_id, repo_type="dataset", allow_patterns=["*.parquet"]))
+    except Exception as error:           # no network, no such data set, disk full: the remedy is the same
+        raise DataError(f"{hub_id}: no such folder, and the Hugging Face hub did not give it "
+                        f"({type(error).__name__}: {str(error)[:150]}); give the data with --data PATH") from None
+
+
+def _read_row(row: dict | bytes, file: Path, where: str) -> tuple[Sample, int]:
+    """One row, checked, as a sample, and how many of its objects were clipped."""
+    row = _from_json(row)
+    _require(isinstance(row, dict), "not a JSON object")
+    training = "problem" in row
+    columns = ("problem", "solution", "image") if training else ("text", "bbox", "image")
+    for name in columns:
+        _require(row.get(name) is not None, f"no {name!r}; a row has image, problem, solution or image, text, bbox")
+    question, label, image = (row[name] for name in columns)
+    _require(isinstance(question, str) and question.strip(), f"the question ({columns[0]!r}) is empty")
+    # <|image_pad|> would become one more image slot
+    _require(not re.search(r"<\|.*?\|>", question), f"the question contains a control token: {question[:80]!r}")
+    if isinstance(image, dict):          # Hugging Face's image struct: bytes, or else a path
+        image = image.get("bytes") or image.get("path")
+    image = file.parent / image if isinstance(image, str) else image
+    if not isinstance(image, bytes):
+        _require(isinstance(image, Path) and image.is_file(), f"the image {image} does not exist")
+    own, recorded = image_size(image), (row.get("img_width"), row.get("img_height"))
+    recorded = recorded if all(recorded) else None
+    frame = None if training else recorded
+    objects = _from_json(label)
+    _require(isinstance(objects, list), f"the label is not a list: {str(label)[:80]}")
+    if not training:
+        boxes = objects if not objects or isinstance(objects[0], list) else [objects]
+        objects = [{"bbox_2d": box} for box in boxes]
+    checked = [_clip_object(found, frame or own) for found in objects]
+    sample = Sample(id=str(row.get("id") or row.get("image_id") or where), question=question, image=image,
+                    objects=[found for found, _ in checked], frame=frame, size=recorded,
+                    solution=label if isinstance(label, str) else None, where=where)
+    return sample, sum(cut for _, cut in checked)
+
+
+def _clip_object(found: dict, frame: Frame) -> tuple[dict, bool]:
+    """A label object, checked and cut to its frame, and whether there was something to cut."""
+    def are_numbers(values, count):
+        return isinstance(values, list) and len(values) == count and all(
+            type(value) in (int, float) and abs(value) < 1e9 for value in values)        # false for NaN
+
+    box, point = (found.get("bbox_2d"), found.get("point_2d")) if isinstance(found, dict) else (None, None)
+    _require(are_numbers(box, 4), f"bbox_2d is not a list of four finite numbers: {str(found)[:80]}")
+    _require(box[0] < box[2] and box[1] < box[3], f"the box {box} is inside out or empty: it is [x1, y1, x2, y2]")
+    point = [(box[0] + box[2]) / 2, (box[1] + box[3]) / 2] if point is None else point
+    _require(are_numbers(point, 2), f"point_2d is not a list of two finite numbers: {str(found)[:80]}")
+    inside = [min(max(value, 0), limit) for value, limit in zip(box + point, cycle(frame))]
+    _require(inside[0] < inside[2] and inside[1] < inside[3],
+             f"the box {box} lies outside its image of {frame[0]} x {frame[1]} pixels")
+    return {"bbox_2d": inside[:4], "point_2d": inside[4:]}, inside != box + point
+
+
+def _from_json(value):
+    """What JSON text says; anything else as it is."""
+    try:
+        return json.loads(value) if isinstance(value, (str, bytes)) else value
+    except (ValueError, RecursionError) as error:        # bad JSON or UTF-8, a 5,000-digit number, 5,000 brackets
+        raise DataError(f"not JSON ({error}): {value[:80]!r}") from None
+
+
+# ---- Images and geometry --------------------------------------------------------------------------------------------
+
+def open_image(source, where: str = "image") -> Image.Image:
+    """Decode an image (a path, bytes or a Pillow image) to RGB, upright by its EXIF tag. DataError names `where`."""
+    try:
+        image_size(source)               # refuses what would fill the memory
+        with _open_header(source) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:           # damaged files make Pillow raise nearly anything
+        raise DataError(f"{where}: {error}; replace or remove the image") from None
+
+
+def image_size(source) -> Frame:
+    """(width, height) of an image once upright, read from its header alone. Raises DataError if no model could take it."""
+    try:
+        with _open_header(source) as image:
+            turned = "exif" in image.info and image.getexif().get(0x0112) in (5, 6, 7, 8)     # 90 or 270 degrees
+            width, height = image.size[::-1] if turned else image.size
+    except Exception as error:
+        raise DataError(f"unreadable image ({error})") from None
+    _require(width * height <= MAX_IMAGE_PIXELS and max(width, height) <= 200 * min(width, height),
+             f"the image of {width} x {height} pixels is too large or too long")
+    return width, height
+
+
+def _open_header(source) -> Image.Image:
+    if isinstance(source, Image.Image):
+        return source
+    return Image.open(BytesIO(source) if isinstance(source, bytes) else source)
+
+
+def smart_resize(width: int, height: int, factor: int, min_pixels: int, max_pixels: int) -> Frame:
+    """Multiples of factor with an area within the limits and about the same aspect ratio.
+
+    Equal to transformers.models.qwen2_vl's smart_resize(height, width); ValueError for sides beyond 200:1.
+    """
+    sides = (width, height)
+    if max(sides) > 200 * min(sides):
+        raise ValueError(f"one side of {width} x {height} is over 200 times the other")
+    near = tuple(round(side / factor) * factor for side in sides)
+    if math.prod(near) > max_pixels:
+        shrink = math.sqrt(width * height / max_pixels)
+        return tuple(max(factor, math.floor(side / shrink / factor) * factor) for side in sides)
+    if math.prod(near) < min_pixels:
+        grow = math.sqrt(min_pixels / (width * height))
+        return tuple(math.ceil(side * grow / factor) * factor for side in sides)
+    return near
+
+
+def target_size(size: Frame, factor: int, min_pixels: int, max_pixels: int, fixed: Frame | None = None) -> Frame:
+    """The (width, height) an image is sent in: `fixed` rounded to multiples of factor, or smart_resize of its size."""
+    if fixed is None:
+        return smart_resize(*size, factor, min_pixels, max_pixels)
+    return tuple(max(factor, round(side / factor) * factor) for side in fixed)
+
+
+def model_frame(size: Frame, coordinates: str) -> Frame:
+    """The frame a network speaks: "pixels" of the image it sees (Qwen2.5-VL) or "relative", 0 to 1000 (Qwen2-VL)."""
+    return {"pixels": tuple(size), "relative": (1000, 1000)}[coordinates]
+
+
+def move_objects(objects: list[dict], src_frame: Frame, dst_frame: Frame, round_to_int: bool = False) -> list[dict]:
+    """New objects with the same boxes and points in another frame; a field an object lacks stays absent.
+
+    >>> move_objects([{"bbox_2d": [84, 42, 420, 840]}], (840, 840), (1000, 500), round_to_int=True)
+    [{'bbox_2d': [100, 25, 500, 500]}]
+    """
+    def move(numbers):
+        moved = [value * dst / src for value, src, dst in zip(numbers, cycle(src_frame), cycle(dst_frame))]
+        return [round(value) for value in moved] if round_to_int else moved
+
+    return [{name: move(found[name]) for name in ("bbox_2d", "point_2d") if name in found} for found in objects]
+
+
+def patchify(image: Image.Image, patch_size, merge_size, temporal_patch_size, mean, std) -> tuple[np.ndarray, tuple]:
+    """Cut an RGB image into the rows of numbers the vision tower reads, bit-equal to Qwen2VLImageProcessorPil.
+
+    Returns pixels, float32 (h·w, 3·temporal·patch·patch), and grid_thw = (1, h, w), in patches. The patches of a
+    merge_size x merge_size block, which become one token, are consecutive. Sides are multiples of the block's.
+    """
+    p, m = patch_size, merge_size
+    h, w = image.height // p, image.width // p
+    x = (np.asarray(image) * (1 / 255)).astype(np.float32)                   # (H, W, 3); in float64 first, as theirs
+    x = (x - np.float32(mean)) / np.float32(std)
+    x = x.reshape(h // m, m, p, w // m, m, p, 3).transpose(0, 3, 1, 4, 6, 2, 5)
+    x = np.repeat(x[:, :, :, :, :, None], temporal_patch_size, axis=5)       # (h/m, w/m, m, m, 3, temporal, p, p)
+    return x.reshape(h * w, -1), (1, h, w)
+
+
+# ---- Label text, aligned with the rollouts' style (reward control 1) ------------------------------------------------
+
+# white space, then a token: a tag, a string, a bracket, comma or colon, or a number
+TOKEN = re.compile(r'(\s*)(</?answer>|"(?:[^"\\]|\\.)*"|[][{},:]|[^][{},:"<\s]+|\S)')
+
+
+def _walk(answer: str):
+    """Yield (context, white space, token) for each token of `<answer>[…]</answer>`.
+
+    White space goes by its context: the kinds of the tokens around it (all strings are one kind, all numbers another)
+    and the brackets open there, such as ", number [{[".
+    """
+    previous, brackets = "", ""
+    for space, token in TOKEN.findall(answer):
+        kind = token if token[0] in "[]{},:<" else "string" if token[0] == '"' else "number"
+        yield f"{previous} {kind} {brackets}", space, token
+        brackets = brackets + token if token in "[{" else brackets[:-1] if token in "]}" else brackets
+        previous = kind
+
+
+def read_style(answer: str) -> dict[str, str]:
+    """The most frequent white space of every context in `<answer>[…]</answer>`."""
+    counts = {}
+    for context, space, _ in _walk(answer):
+        counts.setdefault(context, Counter())[space] += 1
+    style = {context: spaces.most_common(1)[0][0] for context, spaces in counts.items()}
+    # one object does not show what parts two: the line break before the first, or else what parts its box and point
+    if ", { [" not in style and ", string [{" in style:
+        style[", { ["] = style["[ { ["] if "\n" in style["[ { ["] else style[", string [{"]
+    return style
+
+
+DEFAULT_STYLE = read_style('<answer>[{"bbox_2d": [1, 2], "point_2d": [1, 2]}]</answer>')      # json.dumps
+
+
+def label_text(objects: list[dict], style: dict[str, str] = DEFAULT_STYLE) -> str:
+    """Objects as `<answer>[…]</answer>` in a style; contexts that it lacks get no white space.
+
+    >>> label_text([{"point_2d": [3, 4]}], read_style('<answer> [{"point_2d":[1,2]}]</answer>'))
+    '<answer> [{"point_2d":[3,4]}]</answer>'
+    """
+    walk = _walk(f"<answer>{json.dumps(objects)}</answer>")
+    return "".join(style.get(context, "") + token for context, _, token in walk)
+
+
+class LabelStyle:
+    """The style the policy prefers: in every context the white space most of its well-formed rollouts use there."""
+
+    def __init__(self, task: Task):
+        self.default = read_style(task.example)
+        self.votes: dict[str, Counter] = {}              # context → white space → number of rollouts
+
+    def observe(self, completion: str):
+        """Count one rollout's style; a rollout without a well-formed answer has none."""
+        if parse_answer(completion) is None:
+            return
+        outside = re.sub(r"(?s)<think>.*?(</think>|\Z)", "", completion)
+        style = read_style("<answer>" + outside.rpartition("<answer>")[2].partition("</answer>")[0] + "</answer>")
+        if max(map(len, style.values())) <= MAX_GAP:
+            for context, space in style.items():
+                self.votes.setdefault(context, Counter())[space] += 1
+
+    def render(self, objects: list[dict]) -> str:
+        """The label's text in that style, and in the task's where no rollout has shown one."""
+        return label_text(objects, self.default | {c: spaces.most_common(1)[0][0] for c, spaces in self.votes.items()})
+
+    def example(self) -> str:
+        """What labels look like now, for the log."""
+        return self.render([{"bbox_2d": [1, 2, 3, 4], "point_2d": [2, 3]}])
+
+    def state_dict(self) -> dict:
+        return {context: dict(spaces) for context, spaces in self.votes.items()}
+
+    def load_state_dict(self, state: dict):
+        self.votes = {context: Counter(spaces) for context, spaces in state.items()}
+
+
+# ---- From a sample to what the network reads ------------------------------------------------------------------------
+
+@dataclass
+class Example:
+    """A sample as one checkpoint sees it. P: prompt tokens, image tokens included."""
+
+    sample: Sample
+    ids: torch.Tensor             # (P,) int64
+    pixels: torch.Tensor          # (h·w, 3·temporal·patch·patch) float32
+    grid_thw: torch.Tensor        # (1, 3) int64
+    objects: list[dict]           # the label in the model's frame, whole numbers
+    frame: Frame                  # the model's: its prompt, answers and label run to this
+    truth: list[dict]             # the label in pixels of the original image, not rounded
+    size: Frame                   # of the original image
+
+    def to_original(self, objects: list[dict]) -> list[dict]:
+        """Objects of the model's frame in pixels of the original image."""
+        return move_objects(objects, self.frame, self.size)
+
+    def written_label(self) -> str:
+        """The label in the data set's own style, for runs without alignment: its very text where no number changed."""
+        solution = self.sample.solution
+        return label_text(self.objects, read_style(f"<answer>{solution}</answer>") if solution else DEFAULT_STYLE)
+
+
+def chat(text: str, image_tokens: int) -> str:
+    """One user turn, an image and a text, in the ChatML that Qwen2-VL and Qwen2.5-VL were trained on."""
+    return ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
+            + "<|image_pad|>" * image_tokens + f"<|vision_end|>{text}<|im_end|>\n<|im_start|>assistant\n")
+
+
+class Processor:
+    """What a checkpoint's folder says about its inputs: tokenizer, patches, image limits, coordinates."""
+
+    def __init__(self, tokenizer, config: dict, images: dict):
+        self.tokenizer = tokenizer
+        self.coordinates = config.get("coordinates") or CONVENTION[config["model_type"]]
+        self.merge_size, self.factor = images["merge_size"], images["merge_size"] * images["patch_size"]
+        self.patches = {"mean": images["image_mean"], "std": images["image_std"],
+                        **{name: images[name] for name in ("patch_size", "merge_size", "temporal_patch_size")}}
+        size = images.get("size", {})    # where transformers 5 saves the limits
+        self.min_pixels = images.get("min_pixels") or size["shortest_edge"]
+        self.max_pixels = images.get("max_pixels") or size["longest_edge"]
+        self.image_token_id, *self.end_token_ids = (
+            tokenizer.get_vocab()[name] for name in ("<|image_pad|>", "<|im_end|>", "<|endoftext|>"))
+
+    @classmethod
+    def from_pretrained(cls, path) -> "Processor":
+        """Read config.json, preprocessor_config.json and the tokenizer in a checkpoint's folder, or raise DataError."""
+        from transformers import AutoTokenizer           # takes seconds to import
+        try:
+            config, images = (json.loads((Path(path) / name).read_text("utf-8"))
+                              for name in ("config.json", "preprocessor_config.json"))
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            return cls(tokenizer, config, images)
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(f"{path}: not a complete Qwen2-VL or Qwen2.5-VL checkpoint folder "
+                            f"({type(error).__name__}: {str(error)[:150]}); give one with --model PATH") from None
+
+    def encode(self, sample: Sample, task: Task, think=True, max_prompt_length: int | None = None,
+               image_size: Frame | None = None, min_pixels: int | None = None,
+               max_pixels: int | None = None) -> Example:
+        """Image, prompt and label of a sample as the network takes them.
+
+        The image is sent in image_size or else the task's; min_pixels or max_pixels ask for smart_resize instead.
+        Raises DataError for an unreadable image, and for a prompt that is too long: it is never truncated.
+        """
+        image = open_image(sample.image, sample.where)
+        fixed = image_size or (None if min_pixels or max_pixels else task.image_size)
+        sent = target_size(image.size, self.factor, min_pixels or self.min_pixels, max_pixels or self.max_pixels, fixed)
+        pixels, grid = patchify(image.resize(sent, Image.Resampling.BICUBIC), **self.patches)
+        frame, size, label_frame = model_frame(sent, self.coordinates), sample.size or image.size, sample.frame or image.size
+        image_tokens = math.prod(grid) // self.merge_size ** 2
+        ids = self.token_ids(chat(task.prompt(sample.question, frame, think), image_tokens))
+        assert (ids == self.image_token_id).sum() == image_tokens, f"{sample.where}: image tokens outside the image"
+        _require(max_prompt_length is None or len(ids) <= max_prompt_length,
+                 f"{sample.where}: the prompt has {len(ids)} tokens, {image_tokens} of them the image's, more than "
+                 f"--max_prompt_length {max_prompt_length}; raise it, or make images smaller with --max_pixels")
+        return Example(sample, ids, torch.from_numpy(pixels), torch.tensor([grid]),
+                       objects=move_objects(sample.objects, label_frame, frame, round_to_int=True), frame=frame,
+                       truth=move_objects(sample.objects, label_frame, size), size=size)
+
+    def token_ids(self, text: str) -> torch.Tensor:
+        """(T,) int64. Always of a whole text: pieces tokenised apart lose the merges across their seams."""
+        return torch.tensor(self.tokenizer.encode(text, add_special_tokens=False), dtype=torch.long)
+
+    def label_ids(self, text: str) -> torch.Tensor:
+        """A label as a completion: (T,) int64, the end token included."""
+        return self.token_ids(text + "<|im_end|>")
+
+    def decode(self, ids) -> str:
+        """The text of a completion, up to its end token."""
+        ids = torch.as_tensor(ids).tolist()
+        end = min((ids.index(token) for token in self.end_token_ids if token in ids), default=len(ids))
+        return self.tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
+
+
+# ---- The built-in task ----------------------------------------------------------------------------------------------
+
+COLOURS = {"red": (215, 40, 40), "green": (40, 165, 60), "blue": (45, 80, 225), "yellow": (235, 210, 40),
+           "purple": (150, 55, 190), "cyan": (50, 200, 215)}
+KINDS = {                                # which pixels belong to a shape of radius r; (x, y) from its centre
+    "square": lambda x, y, r: np.maximum(abs(x), abs(y)) <= r,
+    "circle": lambda x, y, r: x ** 2 + y ** 2 <= r ** 2,
+    "triangle": lambda x, y, r: 2 * abs(x) <= y + r,
+    "cross": lambda x, y, r: np.minimum(abs(x), abs(y)) <= r / 3}
+
+
+def shapes_sample(split: str, index: int) -> Sample:
+    """The index-th picture of a split, always the same: 48x48 pixels, 2 to 4 shapes, no two of one colour and kind.
+
+    The question names one of them or, in 30 % of the pictures, one that is absent but mostly shares colour or kind.
+    """
+    rng = np.random.default_rng([SPLITS.index(split), index])
+    tone = rng.choice([45, 205]) + rng.integers(-25, 26)
+    coarse = rng.integers(tone - 18, tone + 19, (6, 6, 3)).astype(np.uint8)
+    picture = np.asarray(Image.fromarray(coarse).resize((48, 48), Image.Resampling.BICUBIC)) + rng.normal(0, 4, (48, 48, 3))
+    first, absent = rng.integers(24), rng.random() < 0.3
+    pairs = [(colour, kind) for colour in COLOURS for kind in KINDS]
+    weights = np.array([3 if set(pair) & set(pairs[first]) else 1 for pair in pairs]) * (np.arange(24) != first)
+    drawn = [*([] if absent else [first]), *rng.choice(24, 4, replace=False, p=weights / weights.sum())]
+    drawn = drawn[:rng.integers(2, 5)]
+    scene, taken = [], np.zeros((48, 48), bool)
+    for size in rng.integers(10, 21, 300):               # try places until all shapes have one; a fourth may find none
+        x, y = rng.integers(0, 49 - size, 2).tolist()
+        if taken[max(y - 1, 0):y + size + 1, max(x - 1, 0):x + size + 1].any():
+            continue
+        taken[y:y + size, x:x + size] = True
+        colour, kind = pairs[drawn[len(scene)]]
+        rows, columns = np.mgrid[:size, :size] - (size - 1) / 2
+        ys, xs = np.nonzero(KINDS[kind](columns, rows, size / 2))
+        xs, ys = x + xs, y + ys
+        picture[ys, xs] = COLOURS[colour] + rng.integers(-15, 16, 3) + rng.normal(0, 6, (len(xs), 3))
+        scene.append({"colour": colour, "kind": kind, "point_2d": [round(xs.mean()), round(ys.mean())],
+                      "bbox_2d": [int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1]})
+        if len(scene) == len(drawn):
+            break
+    asked = scene[rng.integers(len(scene))]
+    objects = [] if absent else [{"bbox_2d": asked["bbox_2d"], "point_2d": asked["point_2d"]}]
+    colour, kind = pairs[first] if absent else (asked["colour"], asked["kind"])
+    image = Image.fromarray(picture.clip(0, 255).astype(np.uint8))
+    return Sample(f"{split}-{index}", f"find the {colour} {kind}", image, objects, where=f"built-in {split} picture {index}",
+                  scene=scene)
