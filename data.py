@@ -74,7 +74,8 @@ GROUNDING = Task(
     image_size=(840, 840),
     instruction='Find everything in the image that matches "{question}". For each match give its bounding box '
                 "[x1, y1, x2, y2] and one point [x, y] on it, in whole numbers: x runs from 0 at the left edge to "
-                "{width} at the right, y from 0 at the top to {height} at the bottom. If nothing matches, the list is []. ",
+                "{width} at the right, y from 0 at the top to {height} at the bottom. If nothing matches, the list "
+                "is []. ",
     think_format="First compare the candidates with the description, between <think> and </think>. Then write the "
                  "list, between <answer> and </answer>. For example: <think>your reasoning</think>{example}",
     answer_format="Write only the list, between <answer> and </answer>. For example: {example}")
@@ -147,7 +148,8 @@ def _rows(source: str, split: str):
     """Yield (file, row number from 1, row); the row is a dict, or the bytes of one line of a JSON file."""
     path = Path(source)
     if path.is_file() and path.suffix in (".jsonl", ".json"):
-        yield from ((path, number, line) for number, line in enumerate(path.open("rb"), 1) if line.strip())
+        yield from ((path, number, line) for number, line in enumerate(path.read_bytes().splitlines(), 1)
+                   if line.strip())
         return
     is_hub_id = source.count("/") == 1 and path.suffix not in (".jsonl", ".json", ".parquet")
     _require(path.exists() or is_hub_id, f"{source}: no such file or folder; give the data with --data PATH")
@@ -251,7 +253,7 @@ def open_image(source, where: str = "image") -> Image.Image:
 
 
 def image_size(source) -> Frame:
-    """(width, height) of an image once upright, read from its header alone. Raises DataError if no model could take it."""
+    """(width, height) of an image once upright, from its header alone. DataError for what no model could take."""
     try:
         with _open_header(source) as image:
             turned = "exif" in image.info and image.getexif().get(0x0112) in (5, 6, 7, 8)     # 90 or 270 degrees
@@ -475,7 +477,8 @@ class Processor:
         fixed = image_size or (None if min_pixels or max_pixels else task.image_size)
         sent = target_size(image.size, self.factor, min_pixels or self.min_pixels, max_pixels or self.max_pixels, fixed)
         pixels, grid = patchify(image.resize(sent, Image.Resampling.BICUBIC), **self.patches)
-        frame, size, label_frame = model_frame(sent, self.coordinates), sample.size or image.size, sample.frame or image.size
+        frame, size = model_frame(sent, self.coordinates), sample.size or image.size
+        label_frame = sample.frame or image.size
         image_tokens = math.prod(grid) // self.merge_size ** 2
         ids = self.token_ids(chat(task.prompt(sample.question, frame, think), image_tokens))
         assert (ids == self.image_token_id).sum() == image_tokens, f"{sample.where}: image tokens outside the image"
@@ -520,7 +523,8 @@ def shapes_sample(split: str, index: int) -> Sample:
     rng = np.random.default_rng([SPLITS.index(split), index])
     tone = rng.choice([45, 205]) + rng.integers(-25, 26)
     coarse = rng.integers(tone - 18, tone + 19, (6, 6, 3)).astype(np.uint8)
-    picture = np.asarray(Image.fromarray(coarse).resize((48, 48), Image.Resampling.BICUBIC)) + rng.normal(0, 4, (48, 48, 3))
+    smooth = Image.fromarray(coarse).resize((48, 48), Image.Resampling.BICUBIC)
+    picture = np.asarray(smooth) + rng.normal(0, 3, (48, 48, 3))
     first, absent = rng.integers(24), rng.random() < 0.3
     pairs = [(colour, kind) for colour in COLOURS for kind in KINDS]
     weights = np.array([3 if set(pair) & set(pairs[first]) else 1 for pair in pairs]) * (np.arange(24) != first)
@@ -536,7 +540,7 @@ def shapes_sample(split: str, index: int) -> Sample:
         rows, columns = np.mgrid[:size, :size] - (size - 1) / 2
         ys, xs = np.nonzero(KINDS[kind](columns, rows, size / 2))
         xs, ys = x + xs, y + ys
-        picture[ys, xs] = COLOURS[colour] + rng.integers(-15, 16, 3) + rng.normal(0, 6, (len(xs), 3))
+        picture[ys, xs] = COLOURS[colour] + rng.integers(-10, 11, 3) + rng.normal(0, 4, (len(xs), 3))
         scene.append({"colour": colour, "kind": kind, "point_2d": [round(xs.mean()), round(ys.mean())],
                       "bbox_2d": [int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1]})
         if len(scene) == len(drawn):
@@ -545,5 +549,5 @@ def shapes_sample(split: str, index: int) -> Sample:
     objects = [] if absent else [{"bbox_2d": asked["bbox_2d"], "point_2d": asked["point_2d"]}]
     colour, kind = pairs[first] if absent else (asked["colour"], asked["kind"])
     image = Image.fromarray(picture.clip(0, 255).astype(np.uint8))
-    return Sample(f"{split}-{index}", f"find the {colour} {kind}", image, objects, where=f"built-in {split} picture {index}",
-                  scene=scene)
+    return Sample(f"{split}-{index}", f"find the {colour} {kind}", image, objects, scene=scene,
+                  where=f"built-in {split} picture {index}")

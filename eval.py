@@ -1,23 +1,16 @@
-"""Evaluate a checkpoint: greedy answers, the metrics of the ViSurf authors' evaluation, and a picture of predictions.
+"""Evaluate a checkpoint: greedy answers, the metrics of the ViSurf authors' evaluation, a picture of predictions.
 
     python eval.py                                                        # bundled checkpoint, built-in task
-    python eval.py --model runs/shapes-visurf/checkpoint-500 --limit 100
     python eval.py --task grounding --model Qwen/Qwen2.5-VL-7B-Instruct --data my.jsonl
 
-samples -> `evaluate` -> results, a plain dict for each sample -> `metrics`, `format_table`, `gallery`
-
-A result holds, ready for JSON: id, where, question, completion (text), prediction (objects, [] for nothing found, None for
-no well-formed answer), label (objects), size (width, height), length (tokens, the end token included), truncated,
-thinking, reward (components by name and "total", as in training). Prediction, label and size are in pixels of the ORIGINAL
-image, whatever size and coordinates the model worked with; only the reward is counted in the model's own frame.
+samples -> `evaluate` -> results, one plain dict a sample -> `metrics`, `gallery`. A result is in pixels of the ORIGINAL
+image, whatever size and coordinates the model worked with; only its reward is counted in the model's own frame.
 """
 
 import argparse
 import json
-import math
 import sys
-from bisect import bisect_right
-from io import BytesIO
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -29,208 +22,207 @@ import data
 import model
 import rewards
 
-WINDOW = 4    # batches that are encoded together and sorted by length; at 840x840 pixels a sample takes 17 MB
 
-
-# ---- Answers --------------------------------------------------------------------------------------------------------
-
-def evaluate(network, processor, task: data.Task, samples, *, think=True, max_new_tokens=512, batch_size=32,
+def evaluate(network, processor, task: data.Task, samples, *, max_new_tokens=512, batch_size=32, think=True,
              image_size=None, max_pixels=None, min_pixels=None, max_prompt_length=None, progress=True) -> list[dict]:
-    """Answer every sample by greedy decoding; results in the order of the samples.
+    """Answer every sample by greedy decoding; results (see `make_result`) in the order of the samples.
 
-    Images are opened a few batches at a time, and prompts of similar length share a batch, so that little of it is
-    padding. The image settings are those of Processor.encode. Raises its DataError, for example for a damaged image.
+    Only one batch of images is open at a time. Those of similar size share a batch, so that little of a prompt is padding;
+    the largest come first, so that what does not fit into memory fails at once. Raises DataError as encode does.
     """
-    settings = {"think": think, "image_size": image_size, "max_pixels": max_pixels, "min_pixels": min_pixels,
-                "max_prompt_length": max_prompt_length}
-    results, window = [None] * len(samples), WINDOW * batch_size
-    with tqdm(total=len(samples), desc="evaluating", leave=False, disable=None if progress else True) as bar:
-        for start in range(0, len(samples), window):
-            indices = range(len(samples))[start:start + window]
-            examples = {i: processor.encode(samples[i], task, **settings) for i in indices}
-            order = sorted(indices, key=lambda i: len(examples[i].ids))
-            for first in range(0, len(order), batch_size):
-                batch = {i: examples.pop(i) for i in order[first:first + batch_size]}    # popped: frees the pixels
-                answers = model.generate(network, list(batch.values()), 1, max_new_tokens, temperature=0)
-                for (i, example), [completion] in zip(batch.items(), answers):
-                    results[i] = make_result(processor, task, example, completion, think)
-                bar.update(len(batch))
+    lengths = [(np.prod(data.image_size(sample.image)), len(sample.question)) for sample in samples]
+    order, results = sorted(range(len(samples)), key=lengths.__getitem__, reverse=True), [None] * len(samples)
+    for first in tqdm(range(0, len(samples), batch_size), "evaluating", leave=False, disable=None if progress else True):
+        batch = order[first:first + batch_size]
+        examples = [processor.encode(samples[i], task, think=think, max_prompt_length=max_prompt_length,
+                                     image_size=image_size, max_pixels=max_pixels, min_pixels=min_pixels) for i in batch]
+        answers = model.generate(network, examples, 1, max_new_tokens, temperature=0)
+        for i, example, [completion] in zip(batch, examples, answers):
+            results[i] = make_result(processor, task, example, completion, think)
     return results
 
 
 def make_result(processor, task: data.Task, example, completion, think: bool) -> dict:
-    """One answer as the module's docstring describes it."""
+    """One answer, ready for JSON; its prediction is None where the text holds no well-formed one."""
     text, sample = processor.decode(completion.ids), example.sample
-    predicted = rewards.parse_answer(text)
-    thresholds = rewards.Thresholds(**(task.thresholds or {}))
+    predicted, thresholds = rewards.parse_answer(text), rewards.Thresholds(**(task.thresholds or {}))
     return {
         "id": sample.id, "where": sample.where, "question": sample.question, "completion": text,
         "prediction": None if predicted is None else example.to_original(predicted),
-        "label": example.truth, "size": list(example.size),
-        "length": len(completion.ids), "truncated": not completion.finished, "thinking": rewards.has_thinking(text),
+        "label": example.truth, "size": list(example.size), "length": len(completion.ids),
+        "truncated": not completion.finished, "thinking": rewards.has_thinking(text),
         "reward": rewards.score(text, example.objects, task.name, example.frame, thresholds, think)}
 
 
 # ---- Metrics --------------------------------------------------------------------------------------------------------
 
-def metrics(results: list[dict], names=("accuracy", "gIoU", "cIoU", "N-Acc")) -> dict:
-    """The metrics `names` (those of a task), then what is reported for every task. None: no sample to measure it on.
+def metrics(results: list[dict]) -> dict:
+    """All metrics by name; None where there is no sample to measure one on.
 
-    accuracy      over samples with something to find: pairs of boxes with IoU > 0.5, matched one to one / max(#predicted,
-                  #labelled); their mean
-    gIoU          mean over all samples of intersection / union of the predicted boxes, as one mask, with the labelled
-                  ones; where there is nothing to find, 1 for the answer [] and else 0
-    cIoU          sum of all these intersections / sum of all unions: large objects weigh more
-    N-Acc         share of the samples with nothing to find that were answered with []
-    well_formed   share with an answer that can be parsed; any other is an empty mask and a wrong answer above
-    thinking      share of the completions that are exactly <think>…</think> <answer>…</answer>
-    truncated     share cut off at the length limit
-    length        mean number of tokens; reward: mean total reward; samples: how many there are
+    accuracy     over samples with something to find: pairs of boxes with IoU > 0.5, matched one to one, divided by
+                 max(#predicted, #labelled); their mean
+    gIoU         mean over all samples of intersection / union of all predicted boxes, as one mask, with all labelled
+                 ones; where there is nothing to find, 1 for the answer [] and else 0
+    cIoU         sum of all these intersections / sum of all unions: large objects weigh more
+    N-Acc        share of the samples with nothing to find that were answered with []
+    well_formed  share with an answer that can be parsed; any other is wrong above, and an empty mask
+    thinking     share that is exactly <think>…</think> <answer>…</answer>; truncated: cut off at the length limit
+    length       mean number of tokens, the end token included; reward: mean total
     """
+    mean = lambda values: sum(values) / len(values) if values else None
+    hits, ious, intersections, unions = zip(*map(compare, results)) if results else [()] * 4
     return {
-        **{name: METRICS[name](results) for name in names},
-        "well_formed": mean(result["prediction"] is not None for result in results),
-        **{name: mean(result[name] for result in results) for name in ("thinking", "truncated", "length")},
-        "reward": mean(result["reward"]["total"] for result in results),
-        "samples": len(results)}
+        "accuracy": mean([hit for hit, result in zip(hits, results) if result["label"]]),
+        "gIoU": mean(ious),
+        "cIoU": sum(intersections) / sum(unions) if sum(unions) else None,
+        "N-Acc": mean([hit for hit, result in zip(hits, results) if not result["label"]]),
+        "well_formed": mean([result["prediction"] is not None for result in results]),
+        **{name: mean([result[name] for result in results]) for name in ("thinking", "truncated", "length")},
+        "reward": mean([result["reward"]["total"] for result in results]), "samples": len(results)}
 
 
-def mean(values) -> float | None:
-    values = list(values)
-    return sum(values) / len(values) if values else None
+def compare(result: dict) -> tuple[float, float, float, float]:
+    """What accuracy, gIoU and cIoU are made of: (hits / max(#predicted, #labelled), IoU, intersection, union)."""
+    predicted, label, corner = result["prediction"], result["label"], np.tile(result["size"], 2)
+    a, b = (np.array([found.get("bbox_2d", [0] * 4) for found in objects or []], float).reshape(-1, 4)
+            for objects in (predicted, label))       # an object without a box has one without area
+    intersection, union = areas(a.clip(0, corner), b.clip(0, corner))
+    if not predicted or not label:                   # right if both are []; no answer is None
+        return float(predicted == label), float(predicted == label), intersection, union
+    pairs = rewards.match((rewards.iou(a, b) > 0.5).astype(int))
+    return len(pairs) / max(len(a), len(b)), intersection / union, intersection, union
 
 
-def hits(result: dict) -> float:
-    """Share of boxes that are right, from 0 to 1; a correct [] is 1, no answer is 0."""
-    predicted, label = result["prediction"], result["label"]
-    if not predicted or not label:
-        return float(predicted == label)     # both []
-    close = rewards.iou(boxes(predicted), boxes(label)) > 0.5
-    return len(rewards.match(close.astype(int))) / max(close.shape)
+def areas(boxes_a: np.ndarray, boxes_b: np.ndarray) -> tuple[float, float]:
+    """Areas of intersection and union of two masks, each the union of boxes: (n, 4) and (m, 4), real numbers.
 
+    Exact, and cheap for an image of any size: the boxes' own edges cut it into at most (2n + 2m - 1)² cells, each wholly
+    inside or outside of every box (coordinate compression).
 
-def mask_iou(result: dict) -> float:
-    """Intersection over union of all predicted with all labelled boxes; with nothing to find, 1 for [] and else 0."""
-    if not result["label"]:
-        return hits(result)
-    intersection, union = overlap(result)
-    return intersection / union
-
-
-def cumulative_iou(results: list[dict]) -> float | None:
-    overlaps = [overlap(result) for result in results]
-    union = sum(union for _, union in overlaps)
-    return sum(intersection for intersection, _ in overlaps) / union if union else None
-
-
-# Metric -> function(results) -> number or None. A task names its own (data.Task.metrics).
-METRICS = {
-    "accuracy": lambda results: mean(hits(result) for result in results if result["label"]),
-    "gIoU": lambda results: mean(mask_iou(result) for result in results),
-    "cIoU": cumulative_iou,
-    "N-Acc": lambda results: mean(hits(result) for result in results if not result["label"])}
-
-
-def boxes(objects: list[dict] | None) -> np.ndarray:
-    """Boxes (n, 4) of n objects; an object listed without a box has one without area."""
-    return np.array([found.get("bbox_2d", [0] * 4) for found in objects or []], float).reshape(-1, 4)
-
-
-def overlap(result: dict) -> tuple[float, float]:
-    """Areas of intersection and union of the predicted and the labelled mask, in original pixels."""
-    return areas(boxes(result["prediction"]), boxes(result["label"]), result["size"])
-
-
-def areas(boxes_a, boxes_b, size) -> tuple[float, float]:
-    """Areas of intersection and union of two masks, each the union of some boxes (n, 4) within an image (width, height).
-
-    Exact, and independent of the image's size: the boxes' own edges cut the image into at most (2n - 1)² cells, each
-    wholly inside or outside of every box (coordinate compression).
-
-    >>> areas([[0, 0, 2, 2]], [[1, 1, 3, 3], [1, 1, 3, 3]], (10_000, 10_000))
+    >>> areas(np.array([[0, 0, 2, 2]]), np.array([[1, 1, 3, 3], [1, 1, 3, 3]]))
     (1.0, 7.0)
     """
-    a, b = (np.clip(np.reshape(boxes, (-1, 4)), 0, [*size, *size]) for boxes in (boxes_a, boxes_b))
-    xs, ys = (np.unique(np.concatenate([a, b])[:, axis::2]) for axis in (0, 1))
-    cells = np.outer(np.diff(ys), np.diff(xs))                               # areas (rows, columns)
-
-    def mask(boxes):
-        columns = (boxes[:, :1] <= xs[:-1]) & (xs[1:] <= boxes[:, 2:3])      # (n, columns) True = inside box n
-        rows = (boxes[:, 1:2] <= ys[:-1]) & (ys[1:] <= boxes[:, 3:])         # (n, rows)
-        return rows.T.astype(np.float32) @ columns.astype(np.float32) > 0    # (rows, columns) True = inside any
-
-    return float(cells[mask(a) & mask(b)].sum()), float(cells[mask(a) | mask(b)].sum())
+    x1, y1, x2, y2 = np.concatenate([boxes_a, boxes_b]).T[:, :, None]        # (n + m, 1) each
+    xs, ys = np.unique([x1, x2]), np.unique([y1, y2])
+    inside_x, inside_y = (x1 <= xs[:-1]) & (xs[1:] <= x2), (y1 <= ys[:-1]) & (ys[1:] <= y2)
+    inside = inside_y[:, :, None] & inside_x[:, None]                        # (n + m, rows, columns) True = cell in box
+    a, b = inside[:len(boxes_a)].any(axis=0), inside[len(boxes_a):].any(axis=0)
+    cells = np.outer(np.diff(ys), np.diff(xs))
+    return float(cells[a & b].sum()), float(cells[a | b].sum())
 
 
 def format_table(metrics: dict) -> str:
-    """Metrics as aligned lines of name and value: shares in percent, `-` where there was nothing to measure."""
-    def form(name, value):
-        if value is None:
-            return "-"
-        return str(value) if name == "samples" else f"{value:.2f}" if name in ("length", "reward") else f"{value:.1%}"
-
-    return "\n".join(f"{name:12s} {form(name, value):>8s}" for name, value in metrics.items())
+    """Aligned lines of name and value: shares in percent, `-` where there was nothing to measure."""
+    forms = {"samples": "d", "length": ".1f", "reward": ".2f"}
+    return "\n".join(f"{name:12s} " + ("-" if value is None else format(value, forms.get(name, ".1%"))).rjust(8)
+                     for name, value in metrics.items())
 
 
 # ---- The gallery ----------------------------------------------------------------------------------------------------
 
-TILE, TEXT, GAP, HEADER = 300, 152, 24, 64               # pixels: picture, text below it, between tiles, legend
-LABEL, PREDICTION = (0, 150, 90), (235, 95, 0)
-BLACK, GREY, PALE = (25, 25, 25), (105, 105, 105), (244, 244, 244)
+TILE, TEXT, GAP = 300, 150, 24                   # pixels: side of a picture, height of the text below it, margin
+LABEL, PREDICTION, BLACK, GREY = "#00995c", "#e65c00", "#1a1a1a", "#6b6b6b"
 
 
 def gallery(results: list[dict], samples, path, columns=4, count=12):
-    """Write a PNG of up to `count` answers over their images, right and wrong ones spread evenly over the results."""
-    chosen = choose(results, count)
-    rows = math.ceil(len(chosen) / columns)
-    sheet = Image.new("RGB", (GAP + columns * (TILE + GAP), HEADER + rows * (TILE + TEXT + GAP)), "white")
-    draw_legend(ImageDraw.Draw(sheet), results, len(chosen))
+    """Write a PNG of up to `count` answers over their images, at equal distances from the worst to the best."""
+    order = sorted(range(len(results)), key=lambda i: compare(results[i])[:2])
+    chosen = [order[int(k)] for k in np.linspace(0, len(order) - 1, min(count, len(order)))]
+    height = 2 * GAP + -(-len(chosen) // columns) * (TILE + TEXT + GAP)
+    sheet = Image.new("RGB", (GAP + columns * (TILE + GAP), height), "white")
+    note, x = f"{len(chosen)} of {len(results)} answers, from the worst to the best", GAP
+    for text, colour in (("label", LABEL), ("prediction", PREDICTION), (note, GREY)):
+        ImageDraw.Draw(sheet).text((x, GAP), text, colour, ImageFont.load_default(18), anchor="lm")
+        x += 10 * len(text) + GAP
     for place, i in enumerate(chosen):
-        image = data.open_image(samples[i].image, samples[i].where)
-        x, y = GAP + place % columns * (TILE + GAP), HEADER + place // columns * (TILE + TEXT + GAP)
-        sheet.paste(draw_picture(image, results[i]), (x, y))
-        draw_text(ImageDraw.Draw(sheet), x, y + TILE + 8, results[i])
-    png = BytesIO()
-    sheet.save(png, format="PNG")
-    write_whole(path, png.getvalue())
+        tile = draw_tile(results[i], data.open_image(samples[i].image, samples[i].where))
+        sheet.paste(tile, (GAP + place % columns * (TILE + GAP), 2 * GAP + place // columns * (TILE + TEXT + GAP)))
+    sheet.save(f"{path}.partial", "PNG")         # written beside and renamed: nobody finds half a picture
+    Path(f"{path}.partial").replace(path)
 
 
-def choose(results: list[dict], count: int) -> list[int]:
-    """Indices of `count` results, half of them wholly right and half not, as far as there are enough of both."""
-    right, wrong = ([i for i, result in enumerate(results) if (hits(result) == 1) == which] for which in (True, False))
-    wrongs = min(len(wrong), max(count // 2, count - len(right)))
-    spread = lambda items, n: [items[k * len(items) // n] for k in range(n)]
-    return sorted(spread(wrong, wrongs) + spread(right, min(len(right), count - wrongs)))
-
-
-def draw_legend(draw: ImageDraw.ImageDraw, results: list[dict], shown: int):
-    right = sum(hits(result) == 1 for result in results)
-    x, font = GAP, ImageFont.load_default(17)
-    for colour, text in ((LABEL, "label"), (PREDICTION, "prediction")):
-        draw.rectangle((x, 22, x + 18, 40), outline=colour, width=3)
-        draw.text((x + 26, 31), text, BLACK, font, anchor="lm")
-        x += 26 + font.getlength(text) + 28
-    draw.text((x, 31), f"{shown} of {len(results)} answers, half of them wrong ones if there are; {right} of all "
-              f"{len(results)} are wholly right", GREY, font, anchor="lm")
-
-
-def draw_picture(image: Image.Image, result: dict) -> Image.Image:
-    """The image in a square tile with the original's shape, boxes and points over it: label below, prediction on top."""
-    scale = TILE / max(result["size"])
-    size = tuple(max(1, round(side * scale)) for side in result["size"])
-    tile, corner = Image.new("RGB", (TILE, TILE), PALE), ((TILE - size[0]) // 2, (TILE - size[1]) // 2)
-    # pixels of a tiny image are shown as they are, not blurred into shapes that nobody saw
+def draw_tile(result: dict, image: Image.Image) -> Image.Image:
+    """One answer: the image in the original's proportions with boxes and points; question, verdict and completion."""
+    tile, scale = Image.new("RGB", (TILE, TILE + TEXT), "white"), TILE / max(result["size"])
+    draw, size = ImageDraw.Draw(tile), [max(1, round(side * scale)) for side in result["size"]]
+    corner = (TILE - size[0]) // 2, (TILE - size[1]) // 2
+    draw.rectangle((0, 0, TILE, TILE - 1), "#f2f2f2")
+    # a tiny image is shown pixel by pixel, as the model gets it, not smoothed into shapes that nobody saw
     tile.paste(image.resize(size, Image.Resampling.NEAREST if scale > 2 else Image.Resampling.BICUBIC), corner)
-    draw = ImageDraw.Draw(tile)
     for objects, colour, width in ((result["label"], LABEL, 5), (result["prediction"] or [], PREDICTION, 2)):
         for found in data.move_objects(objects, result["size"], size):
-            x, y = found.get("point_2d", (-99, -99))
-            x1, y1, x2, y2 = found.get("bbox_2d", (0, 0, -1, -1))
+            box, point = np.add(found.get("bbox_2d", [0] * 4), corner * 2), found.get("point_2d", (-99, -99))
+            if (box[:2] < box[2:]).all():
+                draw.rectangle(box.tolist(), outline=colour, width=width)
+            draw.circle(np.add(point, corner).tolist(), width + 2, colour, "white")
+    hits, iou, *_ = compare(result)
+    verdict = {1: "right, ", 0: "wrong, "}.get(hits, "partly right, ")
+    verdict += f"IoU {iou:.2f}" if result["label"] else "nothing to find"
+    for text, y, points, lines, colour in (
+            (result["question"], TILE + 8, 17, 2, BLACK), (verdict, TILE + 52, 15, 1, LABEL if hits == 1 else PREDICTION),
+            (result["completion"], TILE + 76, 13, 4, GREY)):
+        wrapped = textwrap.wrap(text, int(TILE / points * 1.8), max_lines=lines, placeholder=" …")
+        draw.multiline_text((0, y), "\n".join(wrapped), colour, ImageFont.load_default(points), spacing=4)
     return tile
 
 
-def write_whole(path, content: bytes):
-    """Write a file beside its place and rename it: nobody ever finds half of it."""
-    partial = Path(path).with_name(Path(path).name + ".partial")
-    partial.write_bytes(content)
-    partial.replace(path)
+# ---- Command line ---------------------------------------------------------------------------------------------------
+
+def parse_command_line(argv=None) -> argparse.Namespace:
+    """The flags; a mistake in them is one line on stderr and exit code 2."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.error = lambda message: parser.exit(2, f"eval.py: {message}\n")
+    flag = parser.add_argument
+    flag("--task", default="shapes", choices=tuple(data.TASKS), help="what is asked (default: shapes)")
+    flag("--model", help="checkpoint directory or hub id (default: the task's)")
+    flag("--data", help="file, folder or hub id (default: the task's evaluation data)")
+    flag("--split", default="test", choices=data.SPLITS, help="of the data, where they have splits (default: test)")
+    flag("--limit", type=int, help="only the first so many samples")
+    flag("--batch_size", type=int, default=32, help="prompts in a batch (default: 32)")
+    flag("--max_completion_length", type=int, help="longest answer in tokens (default: the task's)")
+    flag("--think", action=argparse.BooleanOptionalAction, default=True, help="ask for reasoning before the answer")
+    flag("--image_size", type=int, nargs="+", help="side, or width and height, to which images are squashed, in pixels")
+    flag("--min_pixels", type=int, help="keep aspect ratios instead, with at least this many pixels")
+    flag("--max_pixels", type=int, help="keep aspect ratios instead, with at most this many pixels")
+    flag("--skip_bad_rows", action="store_true", help="leave out rows that cannot be used, and count them")
+    flag("--output_dir", help="for answers.json and gallery.png (default: runs/eval-TASK-MODEL)")
+    config = parser.parse_args(argv)
+    for name, value in vars(config).items():
+        if type(value) in (int, list) and np.min(value) < 1:
+            parser.error(f"--{name} must be at least 1, not {value}")
+    task = data.TASKS[config.task]
+    config.image_size = config.image_size and (config.image_size * 2)[:2]              # one number is both sides
+    config.model, config.data = config.model or task.model, config.data or task.eval_data
+    config.max_completion_length = config.max_completion_length or task.recipe.get("max_completion_length", 512)
+    config.output_dir = config.output_dir or "-".join(["runs/eval", config.task, *Path(config.model).parts[-2:]])
+    return config
+
+
+def main(argv=None):
+    """Check what the user gave, load the weights, answer, report."""
+    config = parse_command_line(argv)
+    task, directory = data.TASKS[config.task], Path(config.output_dir)
+    encoding = {name: getattr(config, name) for name in ("think", "image_size", "min_pixels", "max_pixels")}
+    try:
+        samples = data.load_samples(config.data, task, config.split, config.limit, config.skip_bad_rows)
+        checkpoint = model.find_checkpoint(config.model)
+        processor = data.Processor.from_pretrained(checkpoint)
+        processor.encode(samples[0], task, **encoding)         # what cannot work fails before the weights are read
+        directory.mkdir(parents=True, exist_ok=True)
+        device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+        network = model.load_pretrained(checkpoint, dtype, device)
+        results = evaluate(network, processor, task, samples, max_new_tokens=config.max_completion_length,
+                           batch_size=config.batch_size, **encoding)
+    except (data.DataError, model.CheckpointError, OSError) as error:
+        print(f"eval.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    answers = {"settings": vars(config), "metrics": metrics(results), "answers": results}
+    partial = directory / "answers.json.partial"
+    partial.write_text(json.dumps(answers, indent=1))
+    print(format_table(answers["metrics"]), partial.replace(directory / "answers.json"), sep="\n\n")
+    gallery(results, samples, directory / "gallery.png")
+    print(directory / "gallery.png")
+
+
+if __name__ == "__main__":
+    main()

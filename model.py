@@ -16,13 +16,14 @@ Glossary of shapes
     H   query heads, K key/value heads, E head size       M   tokens whose log-prob is wanted
     Activations are flat: x is (tokens, D), first the B*P prompt tokens, then the B*N*T completion tokens.
 
-The network knows nothing of ranks, rewards or what a file means. Modules carry the checkpoint's own names, except that
-q/k/v and gate/up are one matrix each (`FUSED`), which is split again on disk.
+The network knows nothing of ranks, rewards or what a file means. Modules carry the checkpoint's own names, except for
+the few in `PARTS`: q/k/v and gate/up are one matrix each here and are split again on disk.
 """
 
 import json
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -30,57 +31,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message is one line that names the file and the remedy."""
-
-
-class Config:
-    """Shape of the network and its special token ids, from config.json's content.
-
-    Hub files are flat; transformers 5 nests the language model under "text_config". `num_words` is the tokenizer's size
-    where it is smaller than the vocabulary; `stop_tokens` are end tokens beyond the config's own. Raises CheckpointError.
-    """
-
-    def __init__(self, raw: dict, num_words: int | None = None, stop_tokens=()):
-        if raw.get("model_type") not in ("qwen2_vl", "qwen2_5_vl"):
-            raise CheckpointError(f"model_type {raw.get('model_type')!r} is neither qwen2_vl nor qwen2_5_vl")
-        self.raw = raw
-        text, vision = raw.get("text_config") or raw, raw["vision_config"]
-        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-        if text.get("use_sliding_window"):
-            raise CheckpointError("sliding-window attention, which no Qwen2-VL release uses, is not supported")
-
-        self.vocab_size, self.hidden_size = text["vocab_size"], text["hidden_size"]
-        self.mlp_width, self.num_layers = text["intermediate_size"], text["num_hidden_layers"]
-        self.num_heads = text["num_attention_heads"]
-        self.num_kv_heads = text.get("num_key_value_heads") or self.num_heads
-        self.head_dim = self.hidden_size // self.num_heads
-        self.norm_eps = text.get("rms_norm_eps", 1e-6)
-        self.rope_theta = rope.get("rope_theta", text.get("rope_theta", 1e6))
-        self.mrope_section = rope["mrope_section"]  # how many rotary frequencies follow time, height and width
-        self.tied = bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
-
-        windowed = "window_size" in vision  # Qwen2.5-VL; its tower also has RMSNorm and SwiGLU
-        self.vision_depth, self.vision_heads = vision["depth"], vision["num_heads"]
-        self.vision_width = vision["hidden_size"] if windowed else vision["embed_dim"]
-        self.vision_mlp_width = vision["intermediate_size"] if windowed else self.vision_width * vision["mlp_ratio"]
-        self.patch_size, self.merge_size = vision["patch_size"], vision.get("spatial_merge_size", 2)
-        self.patch_kernel = (vision.get("temporal_patch_size", 2), self.patch_size, self.patch_size)
-        self.in_channels = vision.get("in_channels", vision.get("in_chans", 3))
-        self.window = vision["window_size"] // self.patch_size // self.merge_size if windowed else None  # in features
-        self.full_attention_blocks = vision.get("fullatt_block_indexes", ())
-
-        self.image_token = raw["image_token_id"]
-        eos = text.get("eos_token_id")
-        self.stop_tokens = sorted({*stop_tokens, *(eos if isinstance(eos, list) else [eos])} - {None})
-        # Never sampled: vision tokens, and rows of the embedding past the tokenizer's last word.
-        names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "vision_token_id")
-        vision_tokens = {raw.get(name, text.get(name)) for name in names} - {None}
-        self.forbidden_tokens = sorted(vision_tokens | set(range(num_words or self.vocab_size, self.vocab_size)))
+    """A checkpoint that cannot be used; the message is one line that names the file and what is wrong."""
 
 
 # ---- The whole network -----------------------------------------------------------------------------------------------
@@ -93,13 +48,16 @@ class QwenVL(nn.Module):
     `generate` is sampling; `network.logits(batch)` is the plain forward that other implementations are compared with.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config):  # a transformers Qwen2VLConfig or Qwen2_5_VLConfig
         super().__init__()
         self.config = config
         self.checkpoint_activations = False  # recompute each layer in the backward pass instead of storing it
-        self.visual = VisionTower(config)
-        self.model = LanguageModel(config)
-        self.lm_head = None if config.tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.stop_tokens: list[int] = []  # any of these ends a completion
+        self.forbidden_tokens: list[int] = []  # have probability 0: vision tokens, rows past the tokenizer's last word
+        self.visual = VisionTower(config.vision_config)
+        self.model = LanguageModel(config.text_config)
+        text = config.text_config
+        self.lm_head = None if config.tie_word_embeddings else nn.Linear(text.hidden_size, text.vocab_size, bias=False)
 
     @property
     def head_weight(self) -> torch.Tensor:
@@ -125,7 +83,7 @@ class QwenVL(nn.Module):
         last = x[: B * P].view(B, P, -1)[torch.arange(B, device=x.device), batch.lengths - 1]  # (B, D) predicts token 0
         x = torch.cat([last[:, None, None].expand(-1, N, -1, -1), x[B * P :].view(B, N, T - 1, -1)], dim=2)
         wanted = self.model.norm(x[mask])  # (M, D): the head never sees the other positions
-        values = token_log_probs(wanted, self.head_weight, completions[mask], temperature, self.config.forbidden_tokens)
+        values = token_log_probs(wanted, self.head_weight, completions[mask], temperature, self.forbidden_tokens)
         return torch.zeros(mask.shape, device=values.device).masked_scatter(mask, values)
 
     def logits(self, batch: "PromptBatch") -> torch.Tensor:
@@ -142,18 +100,18 @@ class QwenVL(nn.Module):
         if len(batch.grid_thw) == 0:
             return x
         features = self.visual(batch.pixels, batch.grid_thw)
-        return x.masked_scatter((ids == self.config.image_token)[:, None], features.to(x.dtype))
+        return x.masked_scatter((ids == self.config.image_token_id)[:, None], features.to(x.dtype))
 
 
 class LanguageModel(nn.Module):
     """Qwen2: pre-norm transformer with grouped-query attention and multimodal rotary positions."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, x, rotary, attend, checkpoint_activations: bool = False) -> torch.Tensor:
         """Run the layers on flat tokens x (tokens, D); `attend` knows which token may see which. No final norm."""
@@ -165,42 +123,42 @@ class LanguageModel(nn.Module):
         return x
 
     def rotary(self, positions: torch.Tensor) -> "Rotary":
-        """Rotation tables for M-RoPE positions (3, tokens): each frequency follows one of time, height, width."""
-        half = self.config.head_dim // 2
-        frequency = self.config.rope_theta ** -(torch.arange(half, device=positions.device).float() / half)
-        axis = torch.arange(3).repeat_interleave(torch.tensor(self.config.mrope_section)).to(positions.device)
+        """Rotations for M-RoPE positions (3, tokens): each frequency follows one of time, height, width."""
+        rope, half = self.config.rope_parameters, self.config.hidden_size // self.config.num_attention_heads // 2
+        frequency = rope["rope_theta"] ** -(torch.arange(half, device=positions.device).float() / half)
+        axis = torch.arange(3).repeat_interleave(torch.tensor(rope["mrope_section"])).to(positions.device)
         return Rotary(positions[axis].T.float() * frequency)  # angles (tokens, E/2)
 
 
 class Layer(nn.Module):
     """One transformer block. It sees flat tokens only, so prompts and completions go through it in a single call."""
 
-    def __init__(self, config: Config, index: int):
+    def __init__(self, config, index: int):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.self_attn = Attention(config, index)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.mlp = GatedMLP(config.hidden_size, config.mlp_width, bias=False)
+        self.index = index
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = Attention(config.hidden_size, config.num_attention_heads, config.num_key_value_heads, bias=False)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=False)
 
     def forward(self, x, rotary, attend) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotary, attend)
+        x = x + self.self_attn(self.input_layernorm(x), rotary, partial(attend, self.index))
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Attention(nn.Module):
-    """Projections and rotation; who attends to whom is decided by `attend` (GroupAttention or KVCache)."""
+    """Projections and rotation, for both towers; who attends to whom is decided by attend(q, k, v)."""
 
-    def __init__(self, config: Config, index: int):
+    def __init__(self, width: int, heads: int, kv_heads: int, bias: bool):
         super().__init__()
-        self.index, self.head_dim = index, config.head_dim
-        self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-        self.qkv_proj = nn.Linear(config.hidden_size, sum(self.heads) * config.head_dim, bias=True)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.heads = (heads, kv_heads, kv_heads)
+        self.qkv = nn.Linear(width, sum(self.heads) * (width // heads), bias=True)
+        self.proj = nn.Linear(width, width, bias=bias)
 
     def forward(self, x, rotary, attend) -> torch.Tensor:
-        heads = self.qkv_proj(x).view(len(x), -1, self.head_dim)
+        heads = self.qkv(x).view(len(x), sum(self.heads), -1)
         q, k, v = heads.split(self.heads, dim=1)  # (tokens, H, E), (tokens, K, E), (tokens, K, E)
-        return self.o_proj(attend(self.index, rotary(q), rotary(k), v).flatten(1))
+        return self.proj(attend(rotary(q), rotary(k), v).flatten(1))
 
 
 class GatedMLP(nn.Module):
@@ -271,17 +229,17 @@ class KVCache:
     the prompt's keys: no copy of a 900-token prompt per rollout, in memory or in bandwidth.
     """
 
-    def __init__(self, config: Config, lengths, N: int, max_tokens: int):
+    def __init__(self, num_layers: int, lengths, N: int, max_tokens: int):
         self.B, self.N, self.t, self.lengths = len(lengths), N, 0, lengths
-        self.max_tokens, self.num_layers = max_tokens, config.num_layers
-        self.prompts = [None] * config.num_layers  # per layer: keys and values (B, K, P, E)
+        self.max_tokens = max_tokens
+        self.prompts = [None] * num_layers  # per layer: keys and values (B, K, P, E)
         self.rows = None  # (layers, 2, B*N, K, max_tokens, E)
 
     def store_prompts(self, layer: int, k, v):
         self.prompts[layer] = (k.contiguous(), v.contiguous())
         if self.rows is None:
             _, K, P, E = k.shape
-            self.rows = k.new_empty(self.num_layers, 2, self.B * self.N, K, self.max_tokens, E)
+            self.rows = k.new_empty(len(self.prompts), 2, self.B * self.N, K, self.max_tokens, E)
             padding = torch.arange(P, device=k.device) >= self.lengths[:, None]  # (B, P)
             self.padding = padding[:, None, None] if padding.any() else None
 
@@ -322,78 +280,90 @@ class KVCache:
 
 
 class VisionTower(nn.Module):
-    """ViT over the patches of all images at once; 2x2 neighbouring patches leave it merged into one feature."""
+    """ViT over the patches of all images at once; merge x merge neighbouring patches leave it as one feature.
 
-    def __init__(self, config: Config):
+    Qwen2-VL has LayerNorm and QuickGELU. Qwen2.5-VL has RMSNorm and SwiGLU, and most blocks see only a window.
+    """
+
+    def __init__(self, config):
         super().__init__()
-        self.config = config
-        self.patch_embed = PatchEmbed(config)
-        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.vision_depth))
-        self.merger = PatchMerger(config)
+        self.config, self.windowed = config, hasattr(config, "window_size")
+        self.width = config.hidden_size if self.windowed else config.embed_dim
+        self.patch_embed = PatchEmbed(config, self.width)
+        self.blocks = nn.ModuleList(VisionBlock(config, self.width, self.windowed) for _ in range(config.depth))
+        self.merger = PatchMerger(config, self.width, self.windowed)
 
     def forward(self, pixels, grid_thw) -> torch.Tensor:
-        """pixels (patches, channels*time*14*14), grid_thw (images, 3) in patches -> features (patches/4, D).
+        """pixels (patches, channels*time*14*14), grid_thw (images, 3) in patches -> features (patches/merge**2, D).
 
-        Patches come in the processor's order: the merge_size**2 patches of one merged feature are neighbours.
+        Patches come in the processor's order: those of one feature are neighbours. ValueError for videos.
         """
-        config, unit = self.config, self.config.merge_size**2
-        grids = grid_thw.tolist()
+        grids, merge = grid_thw.tolist(), self.config.spatial_merge_size
         if any(t != 1 for t, _, _ in grids):
             raise ValueError(f"only still images are supported, got grids {grids}")
-        image_lengths = [t * h * w for t, h, w in grids]
-        order, window_lengths = window_order(grids, config)
         x = self.patch_embed(pixels)  # (patches, width)
-        rotary = Rotary(patch_angles(grids, config).to(x.device))
-        if order is not None:
-            in_order = (order.to(x.device)[:, None] * unit + torch.arange(unit, device=x.device)).flatten()
-            x, rotary.cos, rotary.sin = x[in_order], rotary.cos[in_order], rotary.sin[in_order]
+        angles = patch_angles(grids, merge, self.width // self.config.num_heads)
+        images = windows = [h * w for _, h, w in grids]  # lengths of the segments that attention stays inside
+        if self.windowed:
+            order, windows = window_order(grids, merge, self.config.window_size // self.config.patch_size // merge)
+            patches = (order[:, None] * merge**2 + torch.arange(merge**2)).flatten()
+            x, angles = x[patches.to(x.device)], angles[patches]
+        rotary = Rotary(angles.to(x.device))
         for i, block in enumerate(self.blocks):
-            whole = order is None or i in config.full_attention_blocks
-            x = block(x, rotary, image_lengths if whole else window_lengths)
+            whole = not self.windowed or i in self.config.fullatt_block_indexes
+            x = block(x, rotary, partial(segment_attention, lengths=images if whole else windows))
         x = self.merger(x)
-        return x if order is None else x[order.argsort().to(x.device)]
+        return x[order.argsort().to(x.device)] if self.windowed else x
 
 
-def patch_angles(grids, config: Config) -> torch.Tensor:
+def segment_attention(q, k, v, lengths: list[int]) -> torch.Tensor:
+    """Full attention inside consecutive segments of q, k, v (patches, heads, E); equal lengths in a row share a call."""
+    outs, start = [], 0
+    for length, run in groupby(lengths):
+        n = len(list(run))
+        batch = (x[start : start + n * length].unflatten(0, (n, length)).transpose(1, 2) for x in (q, k, v))
+        outs.append(F.scaled_dot_product_attention(*batch).transpose(1, 2).flatten(0, 1))
+        start += n * length
+    return torch.cat(outs)
+
+
+def patch_angles(grids, merge: int, head_dim: int) -> torch.Tensor:
     """2-D rotary angles (patches, E/2): half of the frequencies follow the patch's row, half its column."""
-    m, quarter = config.merge_size, config.vision_width // config.vision_heads // 4
-    frequency = 10000.0 ** -(torch.arange(quarter).float() / quarter)
+    frequency = 10000.0 ** -(torch.arange(head_dim // 4).float() / (head_dim // 4))
     angles = []
     for _, h, w in grids:
         row, column = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-        blocks = (x.view(h // m, m, w // m, m).transpose(1, 2).flatten() for x in (row, column))  # processor's order
+        blocks = (x.view(h // merge, merge, w // merge, merge).transpose(1, 2).flatten() for x in (row, column))
         angles.append(torch.cat([x[:, None] * frequency for x in blocks], dim=-1))
     return torch.cat(angles)
 
 
-def window_order(grids, config: Config):
+def window_order(grids, merge: int, window: int):
     """An order of the merged patches in which every attention window is contiguous, and the windows' lengths in patches.
 
     Inside an image, windows of equal size follow each other (those at the border are smaller), so that they share one
-    attention call. Returns (None, None) for towers without windows.
+    attention call.
     """
-    if config.window is None:
-        return None, None
     order, lengths, start = [], [], 0
     for _, h, w in grids:
-        h, w = h // config.merge_size, w // config.merge_size
+        h, w = h // merge, w // merge
         row, column = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-        window = (row // config.window * w + column // config.window).flatten()
-        size = torch.unique(window, return_inverse=True, return_counts=True)
-        size = size[2][size[1]]  # how many merged patches share each one's window
-        inside = torch.argsort(size * h * w + window, stable=True)
+        index = (row // window * w + column // window).flatten()  # which window each merged patch is in
+        size = torch.bincount(index)[index]  # and how many share it
+        inside = torch.argsort(size * h * w + index, stable=True)
         order.append(inside + start)
-        lengths += torch.unique_consecutive(window[inside], return_counts=True)[1].tolist()
+        lengths += torch.unique_consecutive(index[inside], return_counts=True)[1].tolist()
         start += h * w
-    return torch.cat(order), [n * config.merge_size**2 for n in lengths]
+    return torch.cat(order), [n * merge**2 for n in lengths]
 
 
 class PatchEmbed(nn.Module):
     """A convolution whose stride is its kernel is a matrix product; on a CPU the convolution would dominate a step."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config, width: int):
         super().__init__()
-        self.proj = nn.Conv3d(config.in_channels, config.vision_width, config.patch_kernel, bias=False)
+        kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
+        self.proj = nn.Conv3d(config.in_channels, width, kernel, bias=False)
 
     def forward(self, pixels) -> torch.Tensor:
         weight = self.proj.weight.flatten(1)  # (width, channels*time*14*14)
@@ -401,48 +371,29 @@ class PatchEmbed(nn.Module):
 
 
 class VisionBlock(nn.Module):
-    """LayerNorm and a QuickGELU MLP in Qwen2-VL, RMSNorm and SwiGLU in Qwen2.5-VL; the attention is the same."""
+    """One transformer block of the vision tower."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config, width: int, windowed: bool):
         super().__init__()
-        self.norm1, self.norm2 = vision_norm(config), vision_norm(config)
-        self.attn = VisionAttention(config)
-        mlp = VisionMLP if config.window is None else GatedMLP
-        self.mlp = mlp(config.vision_width, config.vision_mlp_width, bias=True)
+        norm = nn.RMSNorm if windowed else nn.LayerNorm
+        self.norm1, self.norm2 = norm(width, eps=1e-6), norm(width, eps=1e-6)
+        self.attn = Attention(width, config.num_heads, config.num_heads, bias=True)
+        if windowed:
+            self.mlp = GatedMLP(width, config.intermediate_size, bias=True)
+        else:
+            self.mlp = QuickMLP(width, int(width * config.mlp_ratio))
 
-    def forward(self, x, rotary, lengths) -> torch.Tensor:
-        x = x + self.attn(self.norm1(x), rotary, lengths)
+    def forward(self, x, rotary, attend) -> torch.Tensor:
+        x = x + self.attn(self.norm1(x), rotary, attend)
         return x + self.mlp(self.norm2(x))
 
 
-class VisionAttention(nn.Module):
-    """Full attention inside consecutive segments (images, or windows of them)."""
-
-    def __init__(self, config: Config):
-        super().__init__()
-        self.num_heads = config.vision_heads
-        self.qkv = nn.Linear(config.vision_width, 3 * config.vision_width)
-        self.proj = nn.Linear(config.vision_width, config.vision_width)
-
-    def forward(self, x, rotary, lengths) -> torch.Tensor:
-        q, k, v = self.qkv(x).view(len(x), 3, self.num_heads, -1).unbind(1)  # (patches, heads, E) each
-        q, k = rotary(q), rotary(k)
-        outs, start = [], 0
-        for length, run in groupby(lengths):  # segments of equal length make one batch
-            n = len(list(run))
-            batch = (y[start : start + n * length].unflatten(0, (n, length)).transpose(1, 2) for y in (q, k, v))
-            outs.append(F.scaled_dot_product_attention(*batch).transpose(1, 2).reshape(n * length, -1))
-            start += n * length
-        return self.proj(torch.cat(outs))
-
-
-class VisionMLP(nn.Module):
+class QuickMLP(nn.Module):
     """Two layers with QuickGELU, x * sigmoid(1.702 x), as in CLIP."""
 
-    def __init__(self, width: int, mlp_width: int, bias: bool):
+    def __init__(self, width: int, mlp_width: int):
         super().__init__()
-        self.fc1 = nn.Linear(width, mlp_width, bias=bias)
-        self.fc2 = nn.Linear(mlp_width, width, bias=bias)
+        self.fc1, self.fc2 = nn.Linear(width, mlp_width), nn.Linear(mlp_width, width)
 
     def forward(self, x) -> torch.Tensor:
         x = self.fc1(x)
@@ -450,20 +401,17 @@ class VisionMLP(nn.Module):
 
 
 class PatchMerger(nn.Module):
-    """Joins merge_size**2 neighbouring patches and projects them to the language model's width."""
+    """Joins merge x merge neighbouring patches and projects them to the language model's width."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config, width: int, windowed: bool):
         super().__init__()
-        self.ln_q = vision_norm(config)
-        self.joined = config.vision_width * config.merge_size**2
-        self.mlp = nn.Sequential(nn.Linear(self.joined, self.joined), nn.GELU(), nn.Linear(self.joined, config.hidden_size))
+        self.joined = width * config.spatial_merge_size**2
+        self.ln_q = (nn.RMSNorm if windowed else nn.LayerNorm)(width, eps=1e-6)
+        out = config.out_hidden_size if windowed else config.hidden_size
+        self.mlp = nn.Sequential(nn.Linear(self.joined, self.joined), nn.GELU(), nn.Linear(self.joined, out))
 
     def forward(self, x) -> torch.Tensor:
         return self.mlp(self.ln_q(x).view(-1, self.joined))
-
-
-def vision_norm(config: Config) -> nn.Module:
-    return nn.LayerNorm(config.vision_width, eps=1e-6) if config.window is None else nn.RMSNorm(config.vision_width, eps=1e-6)
 
 
 # ---- Prompts and completions as tensors ------------------------------------------------------------------------------
@@ -481,7 +429,7 @@ class PromptBatch:
     grid_thw: torch.Tensor  # (images, 3)
 
     @classmethod
-    def from_prompts(cls, prompts, config: Config, device="cpu") -> "PromptBatch":
+    def from_prompts(cls, prompts, config, device="cpu") -> "PromptBatch":
         """Build from objects with .ids (P,), .pixels (patches, ...) and .grid_thw (images, 3)."""
         B, P = len(prompts), max(len(p.ids) for p in prompts)
         ids = torch.zeros(B, P, dtype=torch.long)
@@ -499,15 +447,15 @@ class PromptBatch:
         )
 
 
-def mrope_positions(ids, grid_thw, config: Config) -> torch.Tensor:
+def mrope_positions(ids, grid_thw, config) -> torch.Tensor:
     """M-RoPE positions (3, P) of one prompt (P,) with images grid_thw (images, 3), in patches (Qwen2-VL, section 2.1).
 
     Text advances all three axes together. An image's tokens share one time; rows and columns count up from there, and
     the text after it goes on from the largest position used. Raises ValueError if ids and grids disagree.
     """
-    m, images = config.merge_size, iter(grid_thw.tolist())
+    m, images = config.vision_config.spatial_merge_size, iter(grid_thw.tolist())
     columns, start, i = [], 0, 0
-    is_image = (ids == config.image_token).tolist()
+    is_image = (ids == config.image_token_id).tolist()
     while i < len(ids):
         if not is_image[i]:
             columns.append(torch.full((3, 1), start))
@@ -614,17 +562,17 @@ def generate(network: QwenVL, prompts, num_generations: int = 1, max_new_tokens:
     `seeds` holds one integer per prompt (default 0, 1, ...): it decides every token of that prompt's rollouts, whatever
     else is in the batch. Rows that have finished leave the batch. Each prompt is run once (prefill).
     """
-    config, device, B, N = network.config, network.head_weight.device, len(prompts), num_generations
+    device, B, N = network.head_weight.device, len(prompts), num_generations
     uniform = uniform_draws(seeds or range(B), N, max_new_tokens).to(device)  # (B*N, max_new_tokens)
-    forbidden = torch.tensor(config.forbidden_tokens, dtype=torch.long, device=device)
-    stop = torch.tensor(config.stop_tokens, dtype=torch.long, device=device)
+    forbidden = torch.tensor(network.forbidden_tokens, dtype=torch.long, device=device)
+    stop = torch.tensor(network.stop_tokens, dtype=torch.long, device=device)
     ids = torch.zeros(B * N, max_new_tokens, dtype=torch.long, device=device)
     logprobs = torch.zeros(B * N, max_new_tokens, device=device)
     length = torch.zeros(B * N, dtype=torch.long, device=device)
     finished = torch.zeros(B * N, dtype=torch.bool, device=device)
 
-    batch = PromptBatch.from_prompts(prompts, config, device)
-    cache = KVCache(config, batch.lengths, N, max_new_tokens)
+    batch = PromptBatch.from_prompts(prompts, network.config, device)
+    cache = KVCache(network.config.text_config.num_hidden_layers, batch.lengths, N, max_new_tokens)
     hidden = prefill(network, batch, cache).repeat_interleave(N, dim=0)  # (B*N, D)
     position = batch.next_position.repeat_interleave(N)  # (B*N,) of the token being sampled
     row = torch.arange(B * N, device=device)  # which completion a slot of the batch works on
@@ -733,133 +681,104 @@ def rows_worth_keeping(alive):
 # Weights on disk
 # ----------------------------------------------------------------------------------------------------------------------
 
-# Our matrices that are several on disk, stacked by rows.
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+# Our names for parts that the checkpoint names otherwise; several names: stacked by rows in one matrix.
+PARTS = {".self_attn.qkv.": (".self_attn.q_proj.", ".self_attn.k_proj.", ".self_attn.v_proj."),
+         ".self_attn.proj.": (".self_attn.o_proj.",),
+         ".gate_up_proj.": (".gate_proj.", ".up_proj.")}
 # Files beside the weights that a copy of the checkpoint needs; anything else (code above all) is left behind.
 SIDE_FILES = ("tokenizer*.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
               "generation_config.json", "preprocessor_config.json", "chat_template*", "LICENSE*")
 
 
 def load_pretrained(path, dtype=torch.float32, device="cpu") -> QwenVL:
-    """A QwenVL with the weights of a Hugging Face checkpoint: a directory, or a hub id that is downloaded.
+    """A QwenVL with the weights of a Hugging Face checkpoint directory: one safetensors file or several, hub names or
+    those of transformers 5.
 
-    Reads single or sharded safetensors, hub and transformers-5 names. Raises CheckpointError, in one line, if the
-    checkpoint is absent, of another kind, or lacks a tensor or has one of another shape.
+    Raises CheckpointError if it is absent, of another kind, or a tensor is missing, unknown or misshaped.
     """
-    path = find_checkpoint(path)
+    path, config = Path(path), read_config(path)
     with torch.device("meta"):  # shapes only; every number comes from the files
-        network = QwenVL(read_config(path)).to(dtype)
+        network = QwenVL(config).to(dtype)
     network.to_empty(device=device)
+    network.stop_tokens, network.forbidden_tokens = special_tokens(path, config)
     files = tensor_files(path)
-    expected = {source for name in network.state_dict() for source in disk_names(name)}
-    missing, unknown = sorted(expected - files.keys()), sorted(files.keys() - expected - {"lm_head.weight"})
+    ours = {theirs for name in network.state_dict() for theirs in hub_names(name)}
+    missing, unknown = sorted(ours - files.keys()), sorted(files.keys() - ours - {"lm_head.weight"})
     if missing or unknown:
         what = f"lacks {missing[0]}" if missing else f"has an unknown tensor {unknown[0]}"
         raise CheckpointError(f"{path}: {what} ({len(missing)} missing, {len(unknown)} unknown): not this config's weights")
     for name, parameter in network.state_dict().items():
-        targets = split_fused(name, parameter, network.config)
-        for source, target in zip(disk_names(name), targets):
-            tensor = read_tensor(*files[source])
-            if tensor.shape != target.shape:
-                raise CheckpointError(f"{path}: {source} has shape {tuple(tensor.shape)}, config.json says "
-                                      f"{tuple(target.shape)}: weights and config.json do not belong together")
-            target.copy_(tensor)
+        for theirs, part in zip(hub_names(name), split_parts(name, parameter, config)):
+            tensor = read_tensor(*files[theirs])
+            if tensor.shape != part.shape:
+                raise CheckpointError(f"{path}: {theirs} has shape {tuple(tensor.shape)}, config.json says "
+                                      f"{tuple(part.shape)}: weights and config.json do not belong together")
+            part.copy_(tensor)
     return network
 
 
-def save_pretrained(network: QwenVL, directory, source, dtype=torch.bfloat16, max_shard_bytes: int = 5 * 10**9):
+def save_pretrained(network: QwenVL, directory, source, dtype=torch.bfloat16, max_shard_size="5GB"):
     """Write a Hugging Face checkpoint: weights under their hub names, config.json, and `source`'s tokenizer files."""
-    directory, source = Path(directory), Path(source)
+    from huggingface_hub import save_torch_state_dict
+
+    directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    shards, size = [{}], 0
-    for name, tensor in network.state_dict().items():
-        for disk_name, part in zip(disk_names(name), split_fused(name, tensor, network.config)):
-            part = part.detach().to("cpu", dtype).contiguous()
-            if shards[-1] and size + part.nbytes > max_shard_bytes:
-                shards, size = [*shards, {}], 0
-            shards[-1][disk_name] = part.clone()
-            size += part.nbytes
-    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    names = ["model.safetensors"] if len(shards) == 1 else names
-    for file, shard in zip(names, shards):
-        save_file(shard, directory / file, metadata={"format": "pt"})
-    if len(shards) > 1:
-        where = {name: file for file, shard in zip(names, shards) for name in shard}
-        total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-        index = {"metadata": {"total_size": total}, "weight_map": where}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    config = {**network.config.raw, "torch_dtype": str(dtype).removeprefix("torch.")}
-    config.pop("dtype", None)
-    (directory / "config.json").write_text(json.dumps(config, indent=2))
-    for pattern in SIDE_FILES:
-        for file in source.glob(pattern):
-            if not (directory / file.name).exists():
-                shutil.copy(file, directory / file.name)
+    tensors = {}
+    for name, parameter in network.state_dict().items():
+        parts = split_parts(name, parameter.to("cpu", dtype), network.config)
+        tensors |= {theirs: part.clone() for theirs, part in zip(hub_names(name), parts)}
+    save_torch_state_dict(tensors, directory, max_shard_size=max_shard_size)
+    network.config.dtype = dtype
+    network.config.save_pretrained(directory)
+    for file in [file for pattern in SIDE_FILES for file in Path(source).glob(pattern)]:
+        if not (directory / file.name).exists():
+            shutil.copyfile(file, directory / file.name)
 
 
-def find_checkpoint(path) -> Path:
-    """The local directory of a checkpoint: `path` itself, or a hub id fetched by huggingface_hub on first use."""
-    if Path(path).is_dir():
-        return Path(path)
-    if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
-        raise CheckpointError(f"{path}: no such checkpoint directory (and not a hub id like Qwen/Qwen2-VL-2B-Instruct)")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+def read_config(path):
+    """config.json as transformers' Qwen2VLConfig or Qwen2_5_VLConfig, which know the hub's old and new layouts."""
+    from transformers import AutoConfig  # takes seconds to import
 
+    if not (Path(path) / "config.json").is_file():
+        raise CheckpointError(f"{path}: no config.json, so not a checkpoint directory")
     try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.safetensors", "*.json", "*.txt"]))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        raise CheckpointError(f"{path}: neither a directory nor reachable on the hub ({type(error).__name__}); "
-                              "download it elsewhere and pass its directory with --model") from None
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}/config.json: {' '.join(str(error).split())[:200]}") from None
+    if config.model_type not in ("qwen2_vl", "qwen2_5_vl"):
+        raise CheckpointError(f"{path}/config.json: model_type {config.model_type!r} is neither qwen2_vl nor qwen2_5_vl")
+    if "mrope_section" not in config.text_config.rope_parameters or config.text_config.use_sliding_window:
+        raise CheckpointError(f"{path}/config.json: needs an mrope_section, and no sliding window")
+    return config
 
 
-def read_config(path) -> Config:
-    """Config of a checkpoint directory; end tokens also from generation_config.json, the word count from the tokenizer."""
-    raw = read_json(Path(path) / "config.json")
-    try:
-        stop = read_json(Path(path) / "generation_config.json", optional=True).get("eos_token_id", [])
-        return Config(raw, count_words(path), stop if isinstance(stop, list) else [stop])
-    except KeyError as error:
-        raise CheckpointError(f"{path}/config.json: no entry {error}: not a Qwen2-VL or Qwen2.5-VL checkpoint") from None
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}/config.json: {error}") from None
-
-
-def count_words(path) -> int | None:
-    """Words of the checkpoint's tokenizer (largest id + 1), or None without tokenizer files."""
-    whole = read_json(Path(path) / "tokenizer.json", optional=True)
-    vocab = whole["model"]["vocab"] if whole else read_json(Path(path) / "vocab.json", optional=True)
-    added = [token["id"] for token in whole.get("added_tokens", [])]
-    added += map(int, read_json(Path(path) / "tokenizer_config.json", optional=True).get("added_tokens_decoder", {}))
-    return max([*vocab.values(), *added]) + 1 if vocab else None
-
-
-def read_json(file: Path, optional: bool = False) -> dict:
-    """A JSON object from a file; an absent file is {} if optional, else a CheckpointError."""
-    if optional and not file.exists():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{file.parent}: no {file.name}: not a checkpoint directory") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: not readable as JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: holds a {type(content).__name__}, not a JSON object")
-    return content
+def special_tokens(path: Path, config) -> tuple[list[int], list[int]]:
+    """End tokens, from config.json and generation_config.json; tokens never to be sampled (see QwenVL)."""
+    read = lambda name: json.loads(file.read_text("utf-8")) if (file := path / name).exists() else {}
+    stop = [config.text_config.eos_token_id, read("generation_config.json").get("eos_token_id")]
+    stop = {token for entry in stop if entry is not None for token in (entry if isinstance(entry, list) else [entry])}
+    whole = read("tokenizer.json")
+    words = list((whole["model"]["vocab"] if whole else read("vocab.json")).values())
+    words += [token["id"] for token in whole.get("added_tokens", [])]
+    words += map(int, read("tokenizer_config.json").get("added_tokens_decoder", {}))
+    vocab_size = config.text_config.vocab_size
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "vision_token_id")
+    vision = {getattr(config, name, None) for name in names} - {None}
+    return sorted(stop), sorted(vision | set(range(max(words, default=vocab_size - 1) + 1, vocab_size)))
 
 
 def tensor_files(path: Path) -> dict:
-    """Every tensor's hub name -> (file, name in the file), for a single safetensors file or a sharded checkpoint."""
-    index = read_json(path / "model.safetensors.index.json", optional=True)
-    names = sorted(set(index.get("weight_map", {}).values())) or ["model.safetensors"]
-    found = {}
-    for file in (path / Path(name).name for name in names):  # .name: an index must not point outside its directory
+    """Hub name of every tensor -> (file, its name there), of a single safetensors file or a sharded checkpoint."""
+    found, index = {}, path / "model.safetensors.index.json"
+    names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else ["model.safetensors"]
+    for file in (path / Path(name).name for name in sorted(names)):  # .name: an index must not point elsewhere
         if not file.exists():
             raise CheckpointError(f"{path}: no {file.name} (only safetensors checkpoints are read)")
         try:
             with safe_open(file, "pt") as tensors:
-                found.update({hub_name(name): (file, name) for name in tensors.keys()})
+                for name in tensors.keys():  # transformers 5 may have saved its own module paths
+                    hub = name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+                    found[hub] = (file, name)
         except SafetensorError as error:
             raise CheckpointError(f"{file}: damaged or not a safetensors file ({error})") from None
     return found
@@ -870,24 +789,15 @@ def read_tensor(file, name) -> torch.Tensor:
         return tensors.get_tensor(name)
 
 
-def hub_name(name: str) -> str:
-    """The hub's name for a tensor that transformers 5 may have saved under its own module path."""
-    for prefix, hub in (("model.language_model.", "model."), ("model.visual.", "visual.")):
-        if name.startswith(prefix):
-            return hub + name.removeprefix(prefix)
-    return name
+def hub_names(name: str) -> list[str]:
+    """What the checkpoint calls our parameter `name`; several names if it stores the matrix in parts."""
+    return next(([name.replace(ours, part) for part in parts] for ours, parts in PARTS.items() if ours in name), [name])
 
 
-def disk_names(name: str) -> list[str]:
-    """The hub's tensor names whose rows, stacked, make our parameter `name`."""
-    for ours, theirs in FUSED.items():
-        if f".{ours}." in name:
-            return [name.replace(ours, part) for part in theirs]
-    return [name]
-
-
-def split_fused(name: str, tensor, config: Config) -> tuple[torch.Tensor, ...]:
-    """The inverse of stacking: the parts of our parameter `name`, in the order of `disk_names`."""
-    if ".qkv_proj." in name:
-        return tensor.split([n * config.head_dim for n in (config.num_heads, config.num_kv_heads, config.num_kv_heads)])
-    return tensor.chunk(2) if ".gate_up_proj." in name else (tensor,)
+def split_parts(name: str, parameter, config) -> tuple[torch.Tensor, ...]:
+    """Our parameter as views of the parts that `hub_names` lists."""
+    if ".self_attn.qkv." in name:
+        text = config.text_config
+        head = text.hidden_size // text.num_attention_heads
+        return parameter.split([n * head for n in (text.num_attention_heads, *[text.num_key_value_heads] * 2)])
+    return parameter.chunk(2) if ".gate_up_proj." in name else (parameter,)

@@ -16,7 +16,8 @@ import os
 import shutil
 import sys
 import time
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -141,10 +142,9 @@ def sample_rollouts(run: Run, examples) -> list[list[model.Completion]]:
 
 def make_group(run: Run, example, completions) -> Group:
     """Score one prompt's rollouts, and let the label's style learn from them."""
-    tokenizer, group = run.processor.tokenizer, Group(example, [], [], [])
+    group = Group(example, [], [], [])
     for completion in completions:
-        ids = completion.ids[:-1] if completion.finished else completion.ids
-        text = tokenizer.decode(ids, skip_special_tokens=False)
+        text = run.processor.decode(completion.ids)
         run.style.observe(text)
         group.ids.append(completion.ids)
         group.texts.append(text)
@@ -163,20 +163,14 @@ def score(run: Run, text: str, example) -> dict:
 def inject_labels(run: Run, groups: list[Group]):
     """Append each group's label: its text in the rollouts' style (control 1), its tokens, its reward components."""
     for group in groups:
-        text = label_text(run, group.example)
-        components = score(run, text, group.example)
+        example = group.example  # without control 1 the label stays as the data set wrote it
+        text = run.style.render(example.objects) if run.config.align_label else example.written_label()
+        components = score(run, text, example)
         for name in components.keys() & set(rewards.THINKING):
             components[name] = 1.0  # right by definition, so it would earn all there is; control 2 takes this back
         group.texts.append(text)
         group.ids.append(run.processor.label_ids(text))
         group.components.append(components)
-
-
-def label_text(run: Run, example) -> str:
-    """The label as the policy would write it, or, without control 1, as the data set wrote it."""
-    if run.config.align_label:
-        return run.style.render(example.objects)
-    return data.label_text(example.objects, data.read_style(f"<answer>{example.sample.solution or ''}</answer>"))
 
 
 def compute_advantages(config: Config, groups: list[Group]) -> torch.Tensor:
@@ -407,15 +401,15 @@ def train(config: Config):
     held_out = []
     if config.eval_samples and (config.eval_data or task.eval_data == "builtin"):
         held_out = data.load_samples(config.eval_data or None, task, "test", config.eval_samples, config.skip_bad_rows)
-    encode = lambda sample: processor.encode(
-        sample, task, config.think, config.max_prompt_length, config.image_size, config.max_pixels, config.min_pixels)
+    encode = partial(processor.encode, task=task, think=config.think, max_prompt_length=config.max_prompt_length,
+                     **image_settings(config))
     encode(samples[0])  # wrong image settings, too long prompts: before the weights are read
     directory = prepare_output(config)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = model.load_pretrained(checkpoint, device=device)
     network.checkpoint_activations = config.checkpoint_activations
-    run = Run(config, task, processor, network, make_optimizer(network, config), data.LabelStyle())
+    run = Run(config, task, processor, network, make_optimizer(network, config), data.LabelStyle(task))
     resumed = last_checkpoint(directory) if config.resume else None
     if resumed:
         load_state(run, resumed)
@@ -446,6 +440,13 @@ def train(config: Config):
                            "gallery": directory / "gallery.png" if held_out else None})
 
 
+def image_settings(config: Config) -> dict:
+    """The flags about image sizes, as data.Processor.encode takes them: what was not given is None."""
+    side = config.image_size
+    return {"image_size": (side, side) if side else None, "min_pixels": config.min_pixels or None,
+            "max_pixels": config.max_pixels or None}
+
+
 def make_optimizer(network, config: Config) -> torch.optim.AdamW:
     """AdamW on float32 weights; norms and biases do not decay."""
     matrices = [p for p in network.parameters() if p.ndim > 1]
@@ -461,7 +462,7 @@ def run_evaluation(run: Run, samples, answers_file: Path, gallery_file: Path | N
     config = run.config
     results = evaluation.evaluate(
         run.network, run.processor, run.task, samples, think=config.think, max_new_tokens=config.max_completion_length,
-        image_size=config.image_size, max_pixels=config.max_pixels, min_pixels=config.min_pixels)
+        **image_settings(config))
     metrics = evaluation.metrics(results)
     answers_file.write_text(json.dumps({"metrics": metrics, "answers": results}))
     if gallery_file:

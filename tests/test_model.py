@@ -59,9 +59,10 @@ def test_logits_and_gradients_equal_transformers(reference, family, tied):
     theirs.zero_grad()
     (logits * weights).sum().backward()
     (expected * weights).sum().backward()
-    their_gradients = {model.hub_name(name): p.grad for name, p in theirs.named_parameters()}
+    short = lambda name: name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+    their_gradients = {short(name): p.grad for name, p in theirs.named_parameters()}
     for name, parameter in ours.named_parameters():
-        expected = torch.cat([their_gradients[part] for part in model.disk_names(name)])
+        expected = torch.cat([their_gradients[part] for part in model.hub_names(name)])
         assert relative_difference(parameter.grad, expected) < 1e-5, name
 
 
@@ -77,12 +78,13 @@ def test_the_comparison_would_notice(reference, family):
     batch.positions = torch.arange(batch.ids.shape[1]).expand(3, 1, -1)
     assert difference() > 1e-3
     batch.positions = right
-    ours.config.mrope_section = [4, 2, 2]
+    rope = ours.config.text_config.rope_parameters
+    rope["mrope_section"] = [4, 2, 2]
     assert difference() > 1e-3
-    ours.config.mrope_section = [2, 3, 3]
+    rope["mrope_section"] = [2, 3, 3]
     assert difference() < 1e-5
     if family == "qwen2_5_vl":
-        ours.config.window = 3
+        ours.config.vision_config.window_size = 24
         assert difference() > 1e-3
 
 
@@ -93,7 +95,7 @@ def test_greedy_decoding_equals_transformers(reference, family):
     completions = model.generate(ours, PROMPTS, max_new_tokens=64, temperature=0)
     for prompt, (completion,) in zip(PROMPTS, completions):
         expected = theirs.generate(**reference_inputs(one(prompt, ours)), do_sample=False, max_new_tokens=64,
-                                   suppress_tokens=list(ours.config.forbidden_tokens), pad_token_id=0)
+                                   suppress_tokens=list(ours.forbidden_tokens), pad_token_id=0)
         assert completion.ids.tolist() == expected[0, len(prompt.ids):].tolist()
 
 
@@ -115,7 +117,7 @@ def test_sampled_log_probs_equal_teacher_forced_ones(reference, family, temperat
                                     grid_thw=prompt.grid_thw)
             with torch.no_grad():
                 logits = theirs(**reference_inputs(one(whole, ours))).logits[0, len(prompt.ids) - 1 : -1]
-            logits[:, ours.config.forbidden_tokens] = -torch.inf
+            logits[:, ours.forbidden_tokens] = -torch.inf
             for warper in warpers:
                 logits = warper(None, logits)
             expected = logits.log_softmax(-1).gather(1, completion.ids[:, None])[:, 0]
@@ -149,7 +151,7 @@ def test_rollouts_depend_on_their_seed_and_nothing_else(reference, family):
     """Alone or among others, while rows finish and leave the batch: the same tokens. Another seed: others."""
     _, directory = reference(family)
     network = model.load_pretrained(directory)
-    network.config.stop_tokens = list(range(2, 30))  # rows end early and at different times
+    network.stop_tokens = list(range(2, 30))  # rows end early and at different times
     together = model.generate(network, PROMPTS, 6, 40, seeds=[7, 8, 9])
     lengths = [len(c.ids) for group in together for c in group]
     assert min(lengths) < 5 and max(lengths) > 10, lengths
@@ -170,9 +172,9 @@ def test_rollouts_depend_on_their_seed_and_nothing_else(reference, family):
 def test_forbidden_tokens_are_never_sampled(reference):
     _, directory = reference("qwen2_vl")
     network = model.load_pretrained(directory)
-    assert network.config.forbidden_tokens == [190, 191, 192, 193]
-    network.config.forbidden_tokens = list(range(20, 200))
-    network.config.stop_tokens = []
+    assert network.forbidden_tokens == [190, 191, 192, 193]
+    network.forbidden_tokens = list(range(20, 200))
+    network.stop_tokens = []
     ids = torch.cat([c.ids for c in model.generate(network, PROMPTS[:1], 8, 30)[0]])
     assert len(ids) == 240 and ids.max() < 20
 
@@ -183,7 +185,7 @@ def test_a_group_on_one_prompt_equals_the_prompt_repeated(reference, family, tem
     """The training forward (prompt once, members attend to it) against plain logits of each prompt + completion."""
     _, directory = reference(family)
     network = model.load_pretrained(directory)
-    network.config.stop_tokens = list(range(2, 20))
+    network.stop_tokens = list(range(2, 20))
     groups = [[c.ids for c in group] for group in model.generate(network, PROMPTS, 4, 20, temperature)]
     ids, mask = model.pad_completions(groups)
     weights = torch.randn(mask.shape, generator=torch.Generator().manual_seed(0)) * mask
@@ -197,7 +199,7 @@ def test_a_group_on_one_prompt_equals_the_prompt_repeated(reference, family, tem
         for n, completion in enumerate(groups[b]):
             whole = SimpleNamespace(ids=torch.cat([prompt.ids, completion]), pixels=prompt.pixels, grid_thw=prompt.grid_thw)
             logits = network.logits(one(whole, network))[0, len(prompt.ids) - 1 : -1] / temperature
-            logits[:, network.config.forbidden_tokens] = -torch.inf
+            logits[:, network.forbidden_tokens] = -torch.inf
             values = logits.log_softmax(-1).gather(1, completion[:, None])[:, 0]
             repeated[b, n, : len(completion)] = values
     (repeated * weights).sum().backward()
@@ -239,7 +241,7 @@ def test_token_log_probs_and_their_gradients(chunk):
 
 
 def test_positions_that_do_not_fit_the_images_are_refused():
-    config = SimpleNamespace(merge_size=2, image_token=IMAGE)
+    config = SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=2), image_token_id=IMAGE)
     prompt = random_prompt([(8, 8)], 3)
     with pytest.raises(ValueError, match="do not match"):
         model.mrope_positions(prompt.ids, torch.tensor([[1, 8, 12]]), config)
@@ -258,7 +260,7 @@ def test_what_we_save_loads_in_transformers(reference, tmp_path, family, tied):
     with torch.no_grad():
         for parameter in ours.parameters():
             parameter.mul_(1.1)
-    model.save_pretrained(ours, tmp_path, directory, torch.float32, max_shard_bytes=100_000)
+    model.save_pretrained(ours, tmp_path, directory, torch.float32, max_shard_size=100_000)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     saved = {name for file in tmp_path.glob("*.safetensors") for name in load_file(file)}
     assert ("lm_head.weight" in saved) == (not tied), "a tied head is stored once"
@@ -286,7 +288,7 @@ def test_hub_layout_is_read(reference, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 3]}))
     ours = model.load_pretrained(tmp_path)
-    assert ours.config.stop_tokens == [2, 3]
+    assert ours.stop_tokens == [2, 3]
     batch = one(PROMPTS[0], ours)
     assert (ours.logits(batch) - theirs(**reference_inputs(batch)).logits).abs().max() < 1e-5
 
@@ -296,16 +298,14 @@ def test_rows_past_the_tokenizer_are_forbidden(reference, tmp_path):
     flat_copy(directory, tmp_path / "c")
     (tmp_path / "c" / "vocab.json").write_text(json.dumps({str(i): i for i in range(150)}))
     (tmp_path / "c" / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {"195": {}}}))
-    assert model.read_config(tmp_path / "c").forbidden_tokens == [190, 191, 192, 193, 196, 197, 198, 199]
+    assert model.load_pretrained(tmp_path / "c").forbidden_tokens == [190, 191, 192, 193, 196, 197, 198, 199]
 
 
 @pytest.mark.parametrize("damage, message", [
-    ("absent", "no such checkpoint directory"),
-    ("offline", "neither a directory nor reachable"),
+    ("absent", "not a checkpoint directory"),
     ("no config", "no config.json"),
-    ("not JSON", "not readable as JSON"),
+    ("not JSON", "not a valid JSON"),
     ("other model", "model_type 'llama'"),
-    ("no entry", "no entry 'hidden_size'"),
     ("no weights", "no model.safetensors"),
     ("missing tensor", "lacks model.norm.weight"),
     ("unknown tensor", "unknown tensor model.surprise"),
@@ -329,14 +329,9 @@ def test_an_unusable_checkpoint_is_named_in_one_line(reference, tmp_path, damage
             tensors | {"model.layers.0.self_attn.k_proj.weight": torch.zeros(32, 63)}, weights),
         "cut off": lambda: weights.write_bytes(weights.read_bytes()[:5000]),
     }
-    if damage == "no entry":
-        config = json.loads((broken / "config.json").read_text())
-        del config["text_config"]["hidden_size"]
-        (broken / "config.json").write_text(json.dumps(config))
     edits.get(damage, lambda: None)()
-    path = {"absent": tmp_path / "nowhere", "offline": "nobody/nothing"}.get(damage, broken)
     with pytest.raises(model.CheckpointError) as error:
-        model.load_pretrained(path)
+        model.load_pretrained(tmp_path / "nowhere" if damage == "absent" else broken)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
