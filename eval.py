@@ -3,8 +3,7 @@
     python eval.py                                                        # bundled checkpoint, built-in task
     python eval.py --task grounding --model Qwen/Qwen2.5-VL-7B-Instruct --data my.jsonl
 
-samples -> `evaluate` -> results, one plain dict a sample -> `metrics`, `gallery`. A result is in pixels of the ORIGINAL
-image, whatever size and coordinates the model worked with; only its reward is counted in the model's own frame.
+samples -> `evaluate` -> results, a dict each, in pixels of the ORIGINAL image -> `metrics`, `gallery`
 """
 
 import argparse
@@ -24,47 +23,43 @@ import rewards
 
 
 def evaluate(network, processor, task: data.Task, samples, *, max_new_tokens=512, batch_size=32, think=True,
-             image_size=None, max_pixels=None, min_pixels=None, max_prompt_length=None, progress=True) -> list[dict]:
+             progress=True, **encoding) -> list[dict]:
     """Answer every sample by greedy decoding; results (see `make_result`) in the order of the samples.
 
-    Only one batch of images is open at a time. Those of similar size share a batch, so that little of a prompt is padding;
-    the largest come first, so that what does not fit into memory fails at once. Raises DataError as encode does.
+    encoding: image_size, max_pixels, min_pixels, max_prompt_length of Processor.encode, whose DataError is not caught.
+    Only one batch of images is open at a time. Those of similar size share a batch, so that little of a prompt is
+    padding; the largest come first, so that what does not fit into memory fails at once.
     """
     lengths = [(np.prod(data.image_size(sample.image)), len(sample.question)) for sample in samples]
     order, results = sorted(range(len(samples)), key=lengths.__getitem__, reverse=True), [None] * len(samples)
-    for first in tqdm(range(0, len(samples), batch_size), "evaluating", leave=False, disable=None if progress else True):
+    for first in tqdm(range(0, len(samples), batch_size), "evaluating", leave=False, disable=not progress or None):
         batch = order[first:first + batch_size]
-        examples = [processor.encode(samples[i], task, think=think, max_prompt_length=max_prompt_length,
-                                     image_size=image_size, max_pixels=max_pixels, min_pixels=min_pixels) for i in batch]
-        answers = model.generate(network, examples, 1, max_new_tokens, temperature=0)
-        for i, example, [completion] in zip(batch, examples, answers):
+        examples = [processor.encode(samples[i], task, think=think, **encoding) for i in batch]
+        completions = model.generate(network, examples, 1, max_new_tokens, temperature=0)
+        for i, example, [completion] in zip(batch, examples, completions):
             results[i] = make_result(processor, task, example, completion, think)
     return results
 
 
 def make_result(processor, task: data.Task, example, completion, think: bool) -> dict:
-    """One answer, ready for JSON; its prediction is None where the text holds no well-formed one."""
+    """One answer, ready for JSON, in pixels of the original image; only its reward is counted in the model's frame."""
     text, sample = processor.decode(completion.ids), example.sample
     predicted, thresholds = rewards.parse_answer(text), rewards.Thresholds(**(task.thresholds or {}))
     return {
         "id": sample.id, "where": sample.where, "question": sample.question, "completion": text,
-        "prediction": None if predicted is None else example.to_original(predicted),
+        "prediction": None if predicted is None else example.to_original(predicted),     # None: no well-formed answer
         "label": example.truth, "size": list(example.size), "length": len(completion.ids),
         "truncated": not completion.finished, "thinking": rewards.has_thinking(text),
         "reward": rewards.score(text, example.objects, task.name, example.frame, thresholds, think)}
 
 
-# ---- Metrics --------------------------------------------------------------------------------------------------------
-
 def metrics(results: list[dict]) -> dict:
     """All metrics by name; None where there is no sample to measure one on.
 
-    accuracy     over samples with something to find: pairs of boxes with IoU > 0.5, matched one to one, divided by
-                 max(#predicted, #labelled); their mean
-    gIoU         mean over all samples of intersection / union of all predicted boxes, as one mask, with all labelled
-                 ones; where there is nothing to find, 1 for the answer [] and else 0
-    cIoU         sum of all these intersections / sum of all unions: large objects weigh more
-    N-Acc        share of the samples with nothing to find that were answered with []
+    accuracy     one-to-one pairs with IoU > 0.5 / max(#predicted, #labelled), mean over samples whose label is not []
+    gIoU         mean IoU of all predicted boxes, as one mask, with all labelled ones; label []: 1 for [] and else 0
+    cIoU         sum of the intersections / sum of the unions of these masks: large objects weigh more
+    N-Acc        share of the samples with label [] that were answered with []
     well_formed  share with an answer that can be parsed; any other is wrong above, and an empty mask
     thinking     share that is exactly <think>…</think> <answer>…</answer>; truncated: cut off at the length limit
     length       mean number of tokens, the end token included; reward: mean total
@@ -96,8 +91,8 @@ def compare(result: dict) -> tuple[float, float, float, float]:
 def areas(boxes_a: np.ndarray, boxes_b: np.ndarray) -> tuple[float, float]:
     """Areas of intersection and union of two masks, each the union of boxes: (n, 4) and (m, 4), real numbers.
 
-    Exact, and cheap for an image of any size: the boxes' own edges cut it into at most (2n + 2m - 1)² cells, each wholly
-    inside or outside of every box (coordinate compression).
+    Exact, and cheap for an image of any size: the boxes' own edges cut it into at most (2n + 2m - 1)² cells, each
+    wholly inside or outside of every box (coordinate compression).
 
     >>> areas(np.array([[0, 0, 2, 2]]), np.array([[1, 1, 3, 3], [1, 1, 3, 3]]))
     (1.0, 7.0)
@@ -118,9 +113,7 @@ def format_table(metrics: dict) -> str:
                      for name, value in metrics.items())
 
 
-# ---- The gallery ----------------------------------------------------------------------------------------------------
-
-TILE, TEXT, GAP = 300, 150, 24                   # pixels: side of a picture, height of the text below it, margin
+TILE, TEXT, GAP = 300, 170, 24                   # pixels: side of a picture, height of the text below it, margin
 LABEL, PREDICTION, BLACK, GREY = "#00995c", "#e65c00", "#1a1a1a", "#6b6b6b"
 
 
@@ -156,17 +149,16 @@ def draw_tile(result: dict, image: Image.Image) -> Image.Image:
                 draw.rectangle(box.tolist(), outline=colour, width=width)
             draw.circle(np.add(point, corner).tolist(), width + 2, colour, "white")
     hits, iou, *_ = compare(result)
-    verdict = {1: "right, ", 0: "wrong, "}.get(hits, "partly right, ")
-    verdict += f"IoU {iou:.2f}" if result["label"] else "nothing to find"
-    for text, y, points, lines, colour in (
-            (result["question"], TILE + 8, 17, 2, BLACK), (verdict, TILE + 52, 15, 1, LABEL if hits == 1 else PREDICTION),
-            (result["completion"], TILE + 76, 13, 4, GREY)):
-        wrapped = textwrap.wrap(text, int(TILE / points * 1.8), max_lines=lines, placeholder=" …")
-        draw.multiline_text((0, y), "\n".join(wrapped), colour, ImageFont.load_default(points), spacing=4)
+    verdict = "no answer" if result["prediction"] is None else {1: "right", 0: "wrong"}.get(hits, "partly right")
+    verdict += f", IoU {iou:.2f}" if result["label"] else ", nothing to find"
+    colour, y = LABEL if hits == 1 else PREDICTION, TILE + 8
+    question, answer = result["question"], result["completion"].replace("><", "> <")     # lines may break between tags
+    for text, points, fill, lines in ((question, 17, BLACK, 2), (verdict, 15, colour, 1), (answer, 13, GREY, 5)):
+        wrapped = textwrap.wrap(text, int(TILE / points * 1.95), max_lines=lines, placeholder=" …")
+        draw.multiline_text((0, y), "\n".join(wrapped), fill, ImageFont.load_default(points), spacing=4)
+        y += len(wrapped) * (points + 4) + 6
     return tile
 
-
-# ---- Command line ---------------------------------------------------------------------------------------------------
 
 def parse_command_line(argv=None) -> argparse.Namespace:
     """The flags; a mistake in them is one line on stderr and exit code 2."""
@@ -188,8 +180,8 @@ def parse_command_line(argv=None) -> argparse.Namespace:
     flag("--output_dir", help="for answers.json and gallery.png (default: runs/eval-TASK-MODEL)")
     config = parser.parse_args(argv)
     for name, value in vars(config).items():
-        if type(value) in (int, list) and np.min(value) < 1:
-            parser.error(f"--{name} must be at least 1, not {value}")
+        if type(value) in (int, list) and (np.min(value) < 1 or np.size(value) > 2):
+            parser.error(f"--{name} must be at least 1 (and at most two numbers), not {value}")
     task = data.TASKS[config.task]
     config.image_size = config.image_size and (config.image_size * 2)[:2]              # one number is both sides
     config.model, config.data = config.model or task.model, config.data or task.eval_data
@@ -217,11 +209,11 @@ def main(argv=None):
         print(f"eval.py: {error}", file=sys.stderr)
         sys.exit(2)
     answers = {"settings": vars(config), "metrics": metrics(results), "answers": results}
-    partial = directory / "answers.json.partial"
-    partial.write_text(json.dumps(answers, indent=1))
-    print(format_table(answers["metrics"]), partial.replace(directory / "answers.json"), sep="\n\n")
+    (directory / "answers.json.partial").write_text(json.dumps(answers, indent=1))
+    (directory / "answers.json.partial").replace(directory / "answers.json")
     gallery(results, samples, directory / "gallery.png")
-    print(directory / "gallery.png")
+    print(format_table(answers["metrics"]), "", directory / "answers.json", directory / "gallery.png", sep="\n")
+    print(f"{samples.skipped} bad rows skipped, {samples.clipped} label boxes clipped to their image")
 
 
 if __name__ == "__main__":

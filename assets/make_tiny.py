@@ -29,6 +29,7 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<
            "<|image_pad|>", "<|video_pad|>"]
 # One token for each tag, word (with the space before it), JSON key, number below 100, separator, or other character.
 PIECES = r"</?\w+>|\"\w+\"| ?[A-Za-z]+|\d{1,2}|, |: |."
+LESSONS = 6  # about each picture
 PLACES = [f" {row} {column}" for row in ("top", "middle", "bottom") for column in ("left", "centre", "right")]
 
 
@@ -73,7 +74,7 @@ def write_configs(directory: Path, vocab: dict):
 # ---- What the base network is taught ---------------------------------------------------------------------------------
 
 
-def lessons(scene: list[dict], rng: random.Random) -> tuple[str, str]:
+def lesson(scene: list[dict], rng: random.Random) -> tuple[str, str]:
     """One (question, answer) about a scene: the list of its shapes, an exact outline, or the habits of "find"."""
     kind = rng.choices(["list", "outline", "find", "find absent"], weights=[3, 2, 4, 2])[0]
     if kind == "list":
@@ -139,48 +140,104 @@ def vocabulary_texts() -> list[str]:
 # ---- Training --------------------------------------------------------------------------------------------------------
 
 
-def batches(processor, size: int, seed: int):
-    """Endless batches of (prompts, completions) on scenes that none of the task's splits contains."""
-    rng = random.Random(seed)
-    index = 1_000_000  # the task's own training set ends long before
+def scenes(processor, size: int, seed: int):
+    """Endless batches of pictures, none of which is in the task's splits, with LESSONS lessons about each.
+
+    Yields the prompts up to the picture's end, and a list of (question tokens, answer tokens) for each: the lessons of
+    one picture continue from the same prompt, so the picture is looked at once.
+    """
+    rng, index = random.Random(seed), 1_000_000 * (seed + 1)  # the task's own training set ends long before
     while True:
-        prompts, answers = [], []
-        for _ in range(size):
+        prompts, lessons = [], []
+        for index in range(index, index + size):
             sample = data.shapes_sample("train", index)
-            index += 1
-            sample.question, text = lessons(sample.scene, rng)
-            prompts.append(processor.encode(sample, data.TASKS["shapes"]))
-            answers.append([processor.label_ids(text)])
-        yield prompts, answers
+            prompt = processor.encode(sample, data.TASKS["shapes"])
+            end = prompt.ids.tolist().index(processor.tokenizer.convert_tokens_to_ids("<|vision_end|>")) + 1
+            prompt.ids = prompt.ids[:end]
+            prompts.append(prompt)
+            texts = [lesson(sample.scene, rng) for _ in range(LESSONS)]
+            lessons.append([(processor.token_ids(question + "<|im_end|>\n<|im_start|>assistant\n"),
+                             processor.label_ids(answer)) for question, answer in texts])
+        index += 1
+        yield prompts, lessons
 
 
-def train(network, processor, steps: int, batch_size: int, learning_rate: float, seed: int):
-    matrices = [p for p in network.parameters() if p.ndim > 1]
-    vectors = [p for p in network.parameters() if p.ndim < 2]
+def teach_seeing(network, batches, steps: int, learning_rate: float):
+    """Stage 1, the vision tower alone: each of its 16 features names the colour, kind and box of the shape it lies on.
+
+    Without it the language model learns to write plausible boxes and never learns to look.
+    """
+    colours, kinds = list(data.COLOURS), list(data.KINDS)
+    head = torch.nn.Linear(128, len(colours) + len(kinds) + 1 + 4)  # one more kind: nothing there
+
+    def loss(prompts, lessons):
+        pixels = torch.cat([prompt.pixels for prompt in prompts])
+        features = network.visual(pixels, torch.cat([prompt.grid_thw for prompt in prompts]))
+        colour, kind, box = head(features).split([len(colours), len(kinds) + 1, 4], dim=-1)
+        shapes = [shape_at(prompt.sample.scene, cell) for prompt in prompts for cell in range(16)]
+        there = torch.tensor([shape is not None for shape in shapes])
+        shapes_there = [shape for shape in shapes if shape]
+        kind_target = torch.tensor([kinds.index(shape["kind"]) if shape else len(kinds) for shape in shapes])
+        colour_target = torch.tensor([colours.index(shape["colour"]) for shape in shapes_there])
+        box_target = torch.tensor([shape["bbox_2d"] for shape in shapes_there]) / 48
+        cross_entropy = torch.nn.functional.cross_entropy
+        return (cross_entropy(kind, kind_target) + cross_entropy(colour[there], colour_target)
+                + 20 * (box[there] - box_target).abs().mean())
+
+    optimize([*network.visual.parameters(), *head.parameters()], loss, batches, steps, learning_rate)
+
+
+def shape_at(scene: list[dict], cell: int) -> dict | None:
+    """The shape that covers most of a 12x12-pixel cell of the picture, counted row by row, or None."""
+    left, top = 12 * (cell % 4), 12 * (cell // 4)
+
+    def overlap(shape):
+        x1, y1, x2, y2 = shape["bbox_2d"]
+        return max(0, min(x2, left + 12) - max(x1, left)) * max(0, min(y2, top + 12) - max(y1, top))
+
+    best = max(scene, key=overlap)
+    return best if overlap(best) else None
+
+
+def teach_answering(network, batches, steps: int, learning_rate: float):
+    """Stage 2, the whole network: cross-entropy on the lessons' answers."""
+    def loss(prompts, lessons):
+        ids, mask = model.pad_completions([[torch.cat(lesson) for lesson in group] for group in lessons])
+        for i, group in enumerate(lessons):
+            for j, (question, _) in enumerate(group):
+                mask[i, j, : len(question)] = False  # read, not learnt
+        return visurf.sft_loss(network(model.PromptBatch.from_prompts(prompts, network.config), ids, mask), mask)
+
+    optimize(list(network.parameters()), loss, batches, steps, learning_rate)
+
+
+def optimize(parameters, loss_function, batches, steps: int, learning_rate: float):
+    """AdamW with a one-cycle schedule; prints a running mean of the loss."""
+    matrices = [p for p in parameters if p.ndim > 1]
+    vectors = [p for p in parameters if p.ndim < 2]
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0}],
-                                  lr=learning_rate, betas=(0.9, 0.98))
+                                  betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
-    start, average = time.time(), None
-    for step, (prompts, answers) in zip(range(steps), batches(processor, batch_size, seed)):
-        ids, mask = model.pad_completions(answers)
-        batch = model.PromptBatch.from_prompts(prompts, network.config)
-        loss = visurf.sft_loss(network(batch, ids, mask), mask)
+    start, mean = time.time(), 0.0
+    for step in range(1, steps + 1):
+        loss = loss_function(*next(batches))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
-        if step % 50 == 0 or step + 1 == steps:
-            print(f"step {step:5d}  loss {average:.4f}  {time.time() - start:.0f} s", flush=True)
+        mean += (loss.item() - mean) / min(step, 50)
+        if step % 50 == 0:
+            print(f"step {step:5d}/{steps}  loss {mean:.4f}  {time.time() - start:.0f} s", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "tiny-qwen2-vl")
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--learning_rate", type=float, default=1.5e-3)
+    parser.add_argument("--seeing_steps", type=int, default=1000)
+    parser.add_argument("--answering_steps", type=int, default=2000)
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     config = parser.parse_args()
     config.output.mkdir(parents=True, exist_ok=True)
@@ -188,12 +245,11 @@ def main():
     write_configs(config.output, vocab)
     torch.manual_seed(config.seed)
     network = model.QwenVL(model.read_config(config.output))
-    for parameter in network.parameters():
-        if parameter.ndim == 2 and parameter is not network.head_weight:
-            torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
-    torch.nn.init.normal_(network.head_weight, std=0.02)
-    train(network, data.Processor.from_pretrained(config.output), config.steps, config.batch_size, config.learning_rate,
-          config.seed)
+    torch.nn.init.normal_(network.head_weight, std=0.02)  # PyTorch's default, 1, is too large for tied embeddings
+    processor = data.Processor.from_pretrained(config.output)
+    batches = scenes(processor, config.batch_size, config.seed)
+    teach_seeing(network, batches, config.seeing_steps, config.learning_rate)
+    teach_answering(network, batches, config.answering_steps, config.learning_rate)
     model.save_pretrained(network, config.output, config.output)
     print(f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters in {config.output}")
 
