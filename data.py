@@ -322,8 +322,7 @@ def patchify(image: Image.Image, patch_size, merge_size, temporal_patch_size, me
     """
     p, m = patch_size, merge_size
     h, w = image.height // p, image.width // p
-    x = (np.asarray(image) * (1 / 255)).astype(np.float32)                   # (H, W, 3); in float64 first, as theirs
-    x = (x - np.float32(mean)) / np.float32(std)
+    x = (np.asarray(image, np.float32) / 255 - np.float32(mean)) / np.float32(std)     # (H, W, 3)
     x = x.reshape(h // m, m, p, w // m, m, p, 3).transpose(0, 3, 1, 4, 6, 2, 5)
     x = np.repeat(x[:, :, :, :, :, None], temporal_patch_size, axis=5)       # (h/m, w/m, m, m, 3, temporal, p, p)
     return x.reshape(h * w, -1), (1, h, w)

@@ -155,6 +155,7 @@ def test_the_quokka_box_survives_the_way_to_the_model_and_back(processors, tmp_p
     box = json.loads((SHARED / "images" / "quokka_annotations.json").read_text())["bounding_boxes"][0]
     box = [box["x1"], box["y1"], box["x2"], box["y2"]]
     save_turned(Image.open(SHARED / "images" / "quokka.jpg"), orientation, tmp_path / "quokka.jpg")
+    assert data.image_size(tmp_path / "quokka.jpg") == (960, 643)
     row = {"text": "the quokka", "image": "quokka.jpg", "bbox": box}
     [sample] = load_samples(write_rows(tmp_path, [row]), GROUNDING, "test")
     for processor in processors.values():
@@ -353,6 +354,7 @@ def test_the_style_survives_a_resume():
     for name in ("compact", "indented", "indented"):
         style.observe(STYLES[name](TWO))
     resumed.load_state_dict(json.loads(json.dumps(style.state_dict())))
+    assert resumed.render(TWO) == style.render(TWO) == STYLES["indented"](TWO)
     for _ in range(2):
         for one in (style, resumed):
             one.observe(STYLES["compact"](TWO))
