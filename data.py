@@ -146,26 +146,19 @@ def load_samples(source, task: Task, split="train", limit: int | None = None, sk
 
 def _rows(source: str, split: str):
     """Yield (file, row number from 1, row); the row is a dict, or the bytes of one line of a JSON file."""
-    path = Path(source)
-    if path.is_file() and path.suffix in (".jsonl", ".json"):
+    path = fetch(source, "dataset")
+    if path.suffix in (".jsonl", ".json"):
         yield from ((path, number, line) for number, line in enumerate(path.read_bytes().splitlines(), 1)
                    if line.strip())
         return
-    is_hub_id = source.count("/") == 1 and path.suffix not in (".jsonl", ".json", ".parquet")
-    _require(path.exists() or is_hub_id, f"{source}: no such file or folder; give the data with --data PATH")
-    try:                                 # before a download of gigabytes, not after it
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise DataError(f"{source}: reading Parquet needs pyarrow: pip install pyarrow") from None
-    path = path if path.exists() else _download(source)
+    pyarrow = _pyarrow(source)
     # of train-00000-of-00001.parquet and test-…, the split's; a name without any split is read for every split
     files = [path] if path.is_file() else [file for file in sorted(path.rglob("*.parquet"))
                                            if split in file.stem or not any(name in file.stem for name in SPLITS)]
     _require(files, f"{source}: no Parquet file of the {split} split in this folder; name a file with --data PATH")
     for file in files:
         try:
-            shard = parquet.ParquetFile(file)
+            shard = pyarrow.parquet.ParquetFile(file)
             columns = [name for name in shard.schema_arrow.names if name != "mask"]      # large, and not used
             batches = shard.iter_batches(batch_size=64, columns=columns)
             for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
@@ -174,13 +167,29 @@ def _rows(source: str, split: str):
             raise DataError(f"{file}: not readable as Parquet ({error}); data are .jsonl, .json or .parquet") from None
 
 
-def _download(hub_id: str) -> Path:
+def fetch(name, kind: str) -> Path:
+    """A local path as it is, or the folder of a hub "model" or "dataset" (owner/name), downloaded on first use."""
+    flag = {"model": "the checkpoint with --model PATH", "dataset": "the data with --data PATH"}[kind]
+    if Path(name).exists():
+        return Path(name)
+    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)) and not str(name).endswith((".json", ".jsonl", ".parquet"))
+    _require(is_hub_id, f"{name}: no such file or folder; give {flag}")
+    if kind == "dataset":
+        _pyarrow(name)                   # before a download of gigabytes, not after it
     try:
         from huggingface_hub import snapshot_download
-        return Path(snapshot_download(hub_id, repo_type="dataset", allow_patterns=["*.parquet"]))
-    except Exception as error:           # no network, no such data set, disk full: the remedy is the same
-        raise DataError(f"{hub_id}: no such folder, and the Hugging Face hub did not give it "
-                        f"({type(error).__name__}: {str(error)[:150]}); give the data with --data PATH") from None
+        return Path(snapshot_download(str(name), repo_type=kind, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.py"]))
+    except Exception as error:           # no network, no such repository, disk full: the remedy is the same
+        raise DataError(f"{name}: no such folder, and the Hugging Face hub did not give it "
+                        f"({type(error).__name__}: {str(error)[:150]}); give {flag}") from None
+
+
+def _pyarrow(name):
+    try:
+        import pyarrow.parquet
+        return pyarrow
+    except ImportError:
+        raise DataError(f"{name}: reading Parquet needs pyarrow: pip install pyarrow") from None
 
 
 def _read_row(row: dict | bytes, file: Path, where: str) -> tuple[Sample, int]:

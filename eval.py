@@ -197,7 +197,7 @@ def main(argv=None):
     encoding = {name: getattr(config, name) for name in ("think", "image_size", "min_pixels", "max_pixels")}
     try:
         samples = data.load_samples(config.data, task, config.split, config.limit, config.skip_bad_rows)
-        checkpoint = model.find_checkpoint(config.model)
+        checkpoint = data.fetch(config.model, "model")
         processor = data.Processor.from_pretrained(checkpoint)
         processor.encode(samples[0], task, **encoding)         # what cannot work fails before the weights are read
         directory.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,7 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<
            "<|image_pad|>", "<|video_pad|>"]
 # One token for each tag, word (with the space before it), JSON key, number below 100, separator, or other character.
 PIECES = r"</?\w+>|\"\w+\"| ?[A-Za-z]+|\d{1,2}|, |: |."
-LESSONS = 6  # about each picture
+LESSONS = 4  # about each picture
 PLACES = [f" {row} {column}" for row in ("top", "middle", "bottom") for column in ("left", "centre", "right")]
 
 
@@ -162,29 +162,34 @@ def scenes(processor, size: int, seed: int):
         yield prompts, lessons
 
 
-def teach_seeing(network, batches, steps: int, learning_rate: float):
-    """Stage 1, the vision tower alone: each of its 16 features names the colour, kind and box of the shape it lies on.
+def teach_seeing(network, tokenizer, batches, steps: int, learning_rate: float):
+    """Stage 1, the vision tower: each of its 16 features names the colour, kind and box of the shape it lies on.
 
-    Without it the language model learns to write plausible boxes and never learns to look.
+    Names and numbers are told by the word embeddings themselves, so that a feature resembles the words for what it
+    shows. Without this stage the language model learns to write plausible boxes and never learns to look.
     """
-    colours, kinds = list(data.COLOURS), list(data.KINDS)
-    head = torch.nn.Linear(128, len(colours) + len(kinds) + 1 + 4)  # one more kind: nothing there
+    words = lambda texts: torch.tensor([tokenizer.get_vocab()[text] for text in texts])
+    colour_words, kind_words = words([f" {c}" for c in data.COLOURS]), words([f" {k}" for k in data.KINDS] + [" no"])
+    number_words, colours, kinds = words(map(str, range(49))), list(data.COLOURS), list(data.KINDS)
+    to_box = torch.nn.Linear(128, 4 * 128)  # thrown away afterwards
 
     def loss(prompts, lessons):
         pixels = torch.cat([prompt.pixels for prompt in prompts])
         features = network.visual(pixels, torch.cat([prompt.grid_thw for prompt in prompts]))
-        colour, kind, box = head(features).split([len(colours), len(kinds) + 1, 4], dim=-1)
         shapes = [shape_at(prompt.sample.scene, cell) for prompt in prompts for cell in range(16)]
         there = torch.tensor([shape is not None for shape in shapes])
-        shapes_there = [shape for shape in shapes if shape]
-        kind_target = torch.tensor([kinds.index(shape["kind"]) if shape else len(kinds) for shape in shapes])
-        colour_target = torch.tensor([colours.index(shape["colour"]) for shape in shapes_there])
-        box_target = torch.tensor([shape["bbox_2d"] for shape in shapes_there]) / 48
-        cross_entropy = torch.nn.functional.cross_entropy
-        return (cross_entropy(kind, kind_target) + cross_entropy(colour[there], colour_target)
-                + 20 * (box[there] - box_target).abs().mean())
+        found = [shape for shape in shapes if shape]
+        kind = torch.tensor([kinds.index(shape["kind"]) if shape else len(kinds) for shape in shapes])
+        colour = torch.tensor([colours.index(shape["colour"]) for shape in found])
+        box = torch.tensor([shape["bbox_2d"] for shape in found])  # (found, 4)
+        embedding, cross_entropy = network.head_weight, torch.nn.functional.cross_entropy
+        numbers = to_box(features[there]).view(-1, 4, 128) @ embedding[number_words].T  # (found, 4, 49)
+        return (cross_entropy(features @ embedding[kind_words].T, kind)
+                + cross_entropy(features[there] @ embedding[colour_words].T, colour)
+                + cross_entropy(numbers.flatten(0, 1), box.flatten()))
 
-    optimize([*network.visual.parameters(), *head.parameters()], loss, batches, steps, learning_rate)
+    optimize([*network.visual.parameters(), network.head_weight, *to_box.parameters()], loss, batches, steps,
+             learning_rate)
 
 
 def shape_at(scene: list[dict], cell: int) -> dict | None:
@@ -200,7 +205,7 @@ def shape_at(scene: list[dict], cell: int) -> dict | None:
 
 
 def teach_answering(network, batches, steps: int, learning_rate: float):
-    """Stage 2, the whole network: cross-entropy on the lessons' answers."""
+    """Stage 2, the language model: cross-entropy on the lessons' answers; what was learnt about seeing stays."""
     def loss(prompts, lessons):
         ids, mask = model.pad_completions([[torch.cat(lesson) for lesson in group] for group in lessons])
         for i, group in enumerate(lessons):
@@ -208,7 +213,8 @@ def teach_answering(network, batches, steps: int, learning_rate: float):
                 mask[i, j, : len(question)] = False  # read, not learnt
         return visurf.sft_loss(network(model.PromptBatch.from_prompts(prompts, network.config), ids, mask), mask)
 
-    optimize(list(network.parameters()), loss, batches, steps, learning_rate)
+    network.visual.requires_grad_(False)
+    optimize(list(network.model.parameters()), loss, batches, steps, learning_rate)
 
 
 def optimize(parameters, loss_function, batches, steps: int, learning_rate: float):
@@ -248,7 +254,7 @@ def main():
     torch.nn.init.normal_(network.head_weight, std=0.02)  # PyTorch's default, 1, is too large for tied embeddings
     processor = data.Processor.from_pretrained(config.output)
     batches = scenes(processor, config.batch_size, config.seed)
-    teach_seeing(network, batches, config.seeing_steps, config.learning_rate)
+    teach_seeing(network, processor.tokenizer, batches, config.seeing_steps, config.learning_rate)
     teach_answering(network, batches, config.answering_steps, config.learning_rate)
     model.save_pretrained(network, config.output, config.output)
     print(f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters in {config.output}")

@@ -23,7 +23,7 @@ def thing(*box):
 
 
 def result(prediction, label, size=(40, 30), **fields):
-    return {"id": "a", "where": "row 1", "question": "find the cat", "completion": "<think>here</think><answer>…</answer>",
+    return {"id": "a", "where": "row 1", "question": "find it", "completion": "<think>here</think><answer>…</answer>",
             "prediction": prediction, "label": label, "size": list(size), "length": 10, "truncated": False,
             "thinking": True, "reward": {"format": 2.0, "total": 4.0}, **fields}
 
@@ -229,6 +229,14 @@ def test_an_answer_in_another_frame_is_wrong(monkeypatch, coordinates):
         assert found[0]["reward"]["accuracy"] == 0
 
 
+def test_reward_is_counted_in_the_models_frame(monkeypatch):
+    """5 of its 48 pixels beside the label: IoU 0.58 is enough, box and point are too far off. 5 of 900 were close."""
+    speak(monkeypatch, lambda example: f"<answer>{json.dumps([thing(10, 5, 29, 43)])}</answer>")
+    sample = make_sample(objects=[thing(9, 6, 45, 54)], size=(900, 600))               # [5, 5, 24, 43] for the model
+    [found] = evaluation.evaluate(None, make_processor(), SHAPES, [sample], image_size=(48, 48))
+    assert found["reward"]["accuracy"] == 1 and evaluation.metrics([found])["accuracy"] == 1
+
+
 def test_results_say_what_happened(monkeypatch):
     speak(monkeypatch, SAYS_LABEL)
     [found] = evaluation.evaluate(None, make_processor(), SHAPES, [make_sample(objects=[])])
@@ -282,7 +290,7 @@ def test_gallery_has_the_size_of_its_tiles_and_is_always_the_same(tmp_path, coun
 
 def test_gallery_draws_label_and_prediction_where_they_are(tmp_path):
     """A square image of 30x30 pixels, shown at 300: edges at ten times their coordinates, below the other tile's."""
-    samples = [make_sample(stored=(15, 15)), make_sample(stored=(30, 30))]             # stored smaller than the original
+    samples = [make_sample(stored=(15, 15)), make_sample(stored=(30, 30))]     # stored smaller than the original
     results = [result([thing(15, 15, 25, 25)], [thing(5, 5, 25, 25)], (30, 30)), result([], [], (30, 30))]
     picture = gallery_of(tmp_path, results, samples, columns=1)
     x, y = evaluation.GAP, 2 * evaluation.GAP
@@ -294,6 +302,18 @@ def test_gallery_draws_label_and_prediction_where_they_are(tmp_path):
     below = y + evaluation.TILE + evaluation.TEXT + evaluation.GAP
     colours = picture.crop((x, below, x + 300, below + 300)).getcolors()
     assert colours == [(90000, (128, 128, 128))]                                   # [] draws nothing: best comes last
+
+
+def test_a_gallery_that_fails_leaves_the_last_one(tmp_path, monkeypatch):
+    def save(image, file, *rest, **settings):
+        Path(file).write_bytes(b"half")
+        raise OSError("disk full")
+
+    (tmp_path / "g.png").write_bytes(b"whole")
+    monkeypatch.setattr(Image.Image, "save", save)
+    with pytest.raises(OSError, match="disk full"):
+        evaluation.gallery([], [], tmp_path / "g.png")
+    assert (tmp_path / "g.png").read_bytes() == b"whole"
 
 
 def test_gallery_shows_wrong_and_right_answers(tmp_path, monkeypatch):
@@ -327,13 +347,29 @@ def test_a_users_mistake_is_one_line_before_anything_is_loaded(flags, complaint,
     assert error.count("\n") == 1 and error.endswith("\n") and "Traceback" not in error
 
 
-def test_command_line_writes_answers_and_gallery_and_prints_the_table(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def checkpoint(tmp_path, monkeypatch):
+    """A working directory, and a checkpoint whose processor and weights are stand-ins."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(model, "find_checkpoint", Path)
+    monkeypatch.setattr(data, "fetch", lambda name, kind: Path(name))
     monkeypatch.setattr(data.Processor, "from_pretrained", lambda path: make_processor("relative"))
     monkeypatch.setattr(model, "load_pretrained", lambda *_: None)
+    return "runs/mine/checkpoint-7"
+
+
+def test_unusable_weights_are_one_line(checkpoint, monkeypatch, capsys):
+    def load(*_):
+        raise model.CheckpointError("runs/mine: lacks a tensor")
+
+    monkeypatch.setattr(model, "load_pretrained", load)
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main(["--limit", "2", "--model", checkpoint])
+    assert stop.value.code == 2 and capsys.readouterr().err == "eval.py: runs/mine: lacks a tensor\n"
+
+
+def test_command_line_writes_answers_and_gallery_and_prints_the_table(checkpoint, tmp_path, monkeypatch, capsys):
     speak(monkeypatch, SAYS_LABEL)
-    evaluation.main(["--limit", "5", "--model", "runs/mine/checkpoint-7", "--image_size", "96", "--no-think"])
+    evaluation.main(["--limit", "5", "--model", checkpoint, "--image_size", "96", "--no-think"])
     printed, directory = capsys.readouterr().out, tmp_path / "runs" / "eval-shapes-mine-checkpoint-7"
     assert sorted(path.name for path in directory.iterdir()) == ["answers.json", "gallery.png"]
     saved = json.loads((directory / "answers.json").read_text())
