@@ -600,8 +600,11 @@ def generate(network: QwenVL, prompts, num_generations: int = 1, max_new_tokens:
 def uniform_draws(seeds, N: int, length: int) -> torch.Tensor:
     """One uniform number in [0, 1) for every token that may be sampled, (len(seeds)*N, length) float64.
 
-    Drawn up front and per prompt, so that neither the batch's composition nor rows that leave it move the stream.
+    Drawn up front and per prompt, so that neither the batch's composition nor rows that leave it move the stream. Seeds
+    are below 2**32: torch's CPU generator ignores higher bits.
     """
+    if not all(0 <= seed < 2**32 for seed in seeds):
+        raise ValueError(f"seeds must be from 0 to 2**32 - 1, got {list(seeds)}")
     draws = [torch.rand(N, length, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
     return torch.cat(draws)
 

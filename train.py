@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -133,9 +134,9 @@ def sample_rollouts(run: Run, examples) -> list[list[model.Completion]]:
     config = run.config
     if config.method == "sft":
         return [[] for _ in examples]
-    first = (config.seed << 32) + run.step * config.batch_size
-    return model.generate(run.network, examples, config.num_generations, config.max_completion_length,
-                          config.temperature, config.top_p, config.top_k, seeds=range(first, first + len(examples)))
+    places = range(run.step * config.batch_size, (run.step + 1) * config.batch_size)
+    return model.generate(run.network, examples, config.num_generations, config.max_completion_length, config.temperature,
+                          config.top_p, config.top_k, seeds=[mix_seeds(config.seed, place) for place in places])
 
 
 def score_rollouts(run: Run, example, completions) -> Group:
@@ -295,9 +296,14 @@ def loop(run: Run, samples, encode, directory: Path, source):
 
 def data_order(size: int, first: int, count: int, seed: int) -> list[int]:
     """Which samples are number first .. first + count - 1 of an endless stream that shuffles the data each epoch."""
-    epochs = {k // size for k in range(first, first + count)}
-    shuffled = {e: torch.randperm(size, generator=torch.Generator().manual_seed((seed << 32) + e)) for e in epochs}
-    return [int(shuffled[k // size][k % size]) for k in range(first, first + count)]
+    places = range(first, first + count)
+    shuffled = {epoch: np.random.default_rng([seed, epoch]).permutation(size) for epoch in {k // size for k in places}}
+    return [int(shuffled[k // size][k % size]) for k in places]
+
+
+def mix_seeds(*numbers: int) -> int:
+    """One seed from several numbers. Shifted together they would not do: torch's CPU generator keeps 32 bits."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def encoding(config: Config) -> dict:

@@ -160,6 +160,8 @@ def test_rollouts_depend_on_their_seed_and_nothing_else(reference, family):
         for a, b in zip(alone, together[i]):
             assert a.ids.tolist() == b.ids.tolist() and a.finished == b.finished
             assert torch.allclose(a.logprobs, b.logprobs, atol=1e-5)
+    with pytest.raises(ValueError, match="seeds"):
+        model.generate(network, PROMPTS[:1], 1, 1, seeds=[2**32])
     other = model.generate(network, PROMPTS[:1], 6, 40, seeds=[100])[0]
     assert [c.ids.tolist() for c in other] != [c.ids.tolist() for c in together[0]]
     for completion in (c for group in together for c in group):
