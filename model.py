@@ -2,9 +2,9 @@
 
 Three entry points, everything else serves them:
 
-    network = load_pretrained("path/or/hub-id")                # Hugging Face checkpoint -> QwenVL
-    rollouts = generate(network, prompts, num_generations=8)   # one prompt run once, 8 rollouts continue from its cache
-    logprobs = network(batch, completions, mask)               # one prompt run once, N group members continue, with gradient
+    network = load_pretrained("path/to/checkpoint")            # Hugging Face checkpoint -> QwenVL
+    rollouts = generate(network, prompts, num_generations=8)   # a prompt is run once, 8 rollouts continue from its cache
+    logprobs = network(batch, completions, mask)               # a prompt is run once, N members continue, with gradient
 
 The central idea is in the last two lines. A prompt holds about 900 image tokens and an answer about 60, so a group of N
 completions costs P + N*T tokens instead of N*(P + T) when all of them read the prompt's keys and values from one place.
@@ -16,8 +16,8 @@ Glossary of shapes
     H   query heads, K key/value heads, E head size       M   tokens whose log-prob is wanted
     Activations are flat: x is (tokens, D), first the B*P prompt tokens, then the B*N*T completion tokens.
 
-The network knows nothing of ranks, rewards or what a file means. Modules carry the checkpoint's own names, except for
-the few in `PARTS`: q/k/v and gate/up are one matrix each here and are split again on disk.
+The network knows nothing of ranks, rewards or what a file means. Modules carry the checkpoint's own names, except that
+q/k/v and gate/up are one matrix each here (`checkpoint_tensors`).
 """
 
 import json
@@ -33,13 +33,10 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch.utils.checkpoint import checkpoint
 
-
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message is one line that names the file and what is wrong."""
 
-
 # ---- The whole network -----------------------------------------------------------------------------------------------
-
 
 class QwenVL(nn.Module):
     """Vision tower, language model and output head (Qwen2-VL: arXiv 2409.12191; Qwen2.5-VL: arXiv 2502.13923).
@@ -80,7 +77,7 @@ class QwenVL(nn.Module):
         x = torch.cat([self.embed_prompts(batch), self.model.embed_tokens(inputs.flatten())])  # (B*P + B*N*(T-1), D)
         x = self.model(x, rotary, GroupAttention(batch.lengths, P, N, T - 1), self.checkpoint_activations)
 
-        last = x[: B * P].view(B, P, -1)[torch.arange(B, device=x.device), batch.lengths - 1]  # (B, D) predicts token 0
+        last = last_states(x[: B * P].view(B, P, -1), batch.lengths)  # (B, D) predicts token 0
         x = torch.cat([last[:, None, None].expand(-1, N, -1, -1), x[B * P :].view(B, N, T - 1, -1)], dim=2)
         wanted = self.model.norm(x[mask])  # (M, D): the head never sees the other positions
         values = token_log_probs(wanted, self.head_weight, completions[mask], temperature, self.forbidden_tokens)
@@ -88,10 +85,13 @@ class QwenVL(nn.Module):
 
     def logits(self, batch: "PromptBatch") -> torch.Tensor:
         """Logits (B, P, V) at every prompt position; nothing is left out of them."""
-        B, P = batch.ids.shape
+        return F.linear(self.model.norm(self.prompt_states(batch)), self.head_weight)
+
+    def prompt_states(self, batch: "PromptBatch", cache: "KVCache | None" = None) -> torch.Tensor:
+        """Last layer's states (B, P, D) of the prompts alone; with a cache, their keys and values are kept there."""
         rotary = self.model.rotary(batch.positions.flatten(1))
-        x = self.model(self.embed_prompts(batch), rotary, GroupAttention(batch.lengths, P))
-        return F.linear(self.model.norm(x), self.head_weight).view(B, P, -1)
+        x = self.model(self.embed_prompts(batch), rotary, GroupAttention(batch.lengths, batch.ids.shape[1], cache=cache))
+        return x.view(*batch.ids.shape, -1)
 
     def embed_prompts(self, batch: "PromptBatch") -> torch.Tensor:
         """Token embeddings (B*P, D), with the vision tower's features in the image slots."""
@@ -101,7 +101,6 @@ class QwenVL(nn.Module):
             return x
         features = self.visual(batch.pixels, batch.grid_thw)
         return x.masked_scatter((ids == self.config.image_token_id)[:, None], features.to(x.dtype))
-
 
 class LanguageModel(nn.Module):
     """Qwen2: pre-norm transformer with grouped-query attention and multimodal rotary positions."""
@@ -129,7 +128,6 @@ class LanguageModel(nn.Module):
         axis = torch.arange(3).repeat_interleave(torch.tensor(rope["mrope_section"])).to(positions.device)
         return Rotary(positions[axis].T.float() * frequency)  # angles (tokens, E/2)
 
-
 class Layer(nn.Module):
     """One transformer block. It sees flat tokens only, so prompts and completions go through it in a single call."""
 
@@ -145,7 +143,6 @@ class Layer(nn.Module):
         x = x + self.self_attn(self.input_layernorm(x), rotary, partial(attend, self.index))
         return x + self.mlp(self.post_attention_layernorm(x))
 
-
 class Attention(nn.Module):
     """Projections and rotation, for both towers; who attends to whom is decided by attend(q, k, v)."""
 
@@ -160,7 +157,6 @@ class Attention(nn.Module):
         q, k, v = heads.split(self.heads, dim=1)  # (tokens, H, E), (tokens, K, E), (tokens, K, E)
         return self.proj(attend(rotary(q), rotary(k), v).flatten(1))
 
-
 class GatedMLP(nn.Module):
     """SwiGLU feed-forward block, gate and up projection in one matrix."""
 
@@ -173,7 +169,6 @@ class GatedMLP(nn.Module):
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
         return self.down_proj(F.silu(gate) * up)
 
-
 class Rotary:
     """Rotates pairs (i, i + E/2) of each head by a per-token angle; tables stay float32 whatever the network's dtype."""
 
@@ -184,9 +179,7 @@ class Rotary:
         a, b = x.float().chunk(2, dim=-1)
         return torch.cat([a * self.cos - b * self.sin, b * self.cos + a * self.sin], dim=-1).to(x.dtype)
 
-
 # ---- Who attends to whom ---------------------------------------------------------------------------------------------
-
 
 class GroupAttention:
     """Causal attention inside each prompt; each completion sees its own prompt and its own past.
@@ -220,7 +213,6 @@ class GroupAttention:
         values = torch.cat([prompt_v.repeat_interleave(N, dim=0), own_v], dim=2)
         own = F.scaled_dot_product_attention(own_q, keys, values, attn_mask=self.mask, enable_gqa=True)
         return torch.cat([out, own.transpose(1, 2).flatten(0, 1)])
-
 
 class KVCache:
     """Keys and values while decoding: each prompt's once, and a preallocated stretch for each of its N rows.
@@ -275,9 +267,7 @@ class KVCache:
         kept[:, :, :, :, : self.t] = self.rows[:, :, rows, :, : self.t]
         self.rows, self.B, self.N = kept, len(prompts), N
 
-
 # ---- Vision tower ----------------------------------------------------------------------------------------------------
-
 
 class VisionTower(nn.Module):
     """ViT over the patches of all images at once; merge x merge neighbouring patches leave it as one feature.
@@ -315,7 +305,6 @@ class VisionTower(nn.Module):
         x = self.merger(x)
         return x[order.argsort().to(x.device)] if self.windowed else x
 
-
 def segment_attention(q, k, v, lengths: list[int]) -> torch.Tensor:
     """Full attention inside consecutive segments of q, k, v (patches, heads, E); equal lengths in a row share a call."""
     outs, start = [], 0
@@ -326,7 +315,6 @@ def segment_attention(q, k, v, lengths: list[int]) -> torch.Tensor:
         start += n * length
     return torch.cat(outs)
 
-
 def patch_angles(grids, merge: int, head_dim: int) -> torch.Tensor:
     """2-D rotary angles (patches, E/2): half of the frequencies follow the patch's row, half its column."""
     frequency = 10000.0 ** -(torch.arange(head_dim // 4).float() / (head_dim // 4))
@@ -336,7 +324,6 @@ def patch_angles(grids, merge: int, head_dim: int) -> torch.Tensor:
         blocks = (x.view(h // merge, merge, w // merge, merge).transpose(1, 2).flatten() for x in (row, column))
         angles.append(torch.cat([x[:, None] * frequency for x in blocks], dim=-1))
     return torch.cat(angles)
-
 
 def window_order(grids, merge: int, window: int):
     """An order of the merged patches in which every attention window is contiguous, and the windows' lengths in patches.
@@ -356,7 +343,6 @@ def window_order(grids, merge: int, window: int):
         start += h * w
     return torch.cat(order), [n * merge**2 for n in lengths]
 
-
 class PatchEmbed(nn.Module):
     """A convolution whose stride is its kernel is a matrix product; on a CPU the convolution would dominate a step."""
 
@@ -368,7 +354,6 @@ class PatchEmbed(nn.Module):
     def forward(self, pixels) -> torch.Tensor:
         weight = self.proj.weight.flatten(1)  # (width, channels*time*14*14)
         return F.linear(pixels.to(weight.dtype), weight)
-
 
 class VisionBlock(nn.Module):
     """One transformer block of the vision tower."""
@@ -387,7 +372,6 @@ class VisionBlock(nn.Module):
         x = x + self.attn(self.norm1(x), rotary, attend)
         return x + self.mlp(self.norm2(x))
 
-
 class QuickMLP(nn.Module):
     """Two layers with QuickGELU, x * sigmoid(1.702 x), as in CLIP."""
 
@@ -398,7 +382,6 @@ class QuickMLP(nn.Module):
     def forward(self, x) -> torch.Tensor:
         x = self.fc1(x)
         return self.fc2(x * torch.sigmoid(1.702 * x))
-
 
 class PatchMerger(nn.Module):
     """Joins merge x merge neighbouring patches and projects them to the language model's width."""
@@ -413,9 +396,7 @@ class PatchMerger(nn.Module):
     def forward(self, x) -> torch.Tensor:
         return self.mlp(self.ln_q(x).view(-1, self.joined))
 
-
 # ---- Prompts and completions as tensors ------------------------------------------------------------------------------
-
 
 @dataclass
 class PromptBatch:
@@ -446,7 +427,6 @@ class PromptBatch:
             grid_thw=torch.cat([p.grid_thw for p in prompts]),  # stays on the CPU: it only steers loops
         )
 
-
 def mrope_positions(ids, grid_thw, config) -> torch.Tensor:
     """M-RoPE positions (3, P) of one prompt (P,) with images grid_thw (images, 3), in patches (Qwen2-VL, section 2.1).
 
@@ -454,24 +434,21 @@ def mrope_positions(ids, grid_thw, config) -> torch.Tensor:
     the text after it goes on from the largest position used. Raises ValueError if ids and grids disagree.
     """
     m, images = config.vision_config.spatial_merge_size, iter(grid_thw.tolist())
-    columns, start, i = [], 0, 0
-    is_image = (ids == config.image_token_id).tolist()
-    while i < len(ids):
-        if not is_image[i]:
-            columns.append(torch.full((3, 1), start))
-            start, i = start + 1, i + 1
-            continue
-        t, h, w = next(images, (0, 0, 0))
-        n = t * (h // m) * (w // m)
-        if n == 0 or not all(is_image[i : i + n]) or i + n > len(ids):
-            raise ValueError(f"image tokens at {i} do not match the grids {grid_thw.tolist()}")
-        index = torch.cartesian_prod(torch.arange(t), torch.arange(h // m), torch.arange(w // m)).T  # (3, n)
+    columns, start = [], 0
+    for is_image, run in groupby((ids == config.image_token_id).tolist()):  # images are apart: <|vision_end|> follows
+        n = len(list(run))
+        if is_image:
+            t, h, w = next(images, (0, 0, 0))
+            index = torch.cartesian_prod(torch.arange(t), torch.arange(h // m), torch.arange(w // m)).view(-1, 3).T
+        else:
+            index = torch.arange(n).expand(3, -1)
+        if index.shape[1] != n:
+            raise ValueError(f"{n} image tokens in a row do not match the grids {grid_thw.tolist()}")
         columns.append(start + index)
-        start, i = start + max(t, h // m, w // m), i + n
+        start += int(index.max()) + 1
     if next(images, None) is not None:
         raise ValueError(f"{len(grid_thw)} images, but fewer stretches of image tokens in the prompt")
     return torch.cat(columns, dim=1)
-
 
 def pad_completions(groups) -> tuple[torch.Tensor, torch.Tensor]:
     """Groups of N token-id tensors, one group a prompt -> ids (B, N, T) and mask (B, N, T), True on real tokens.
@@ -486,9 +463,7 @@ def pad_completions(groups) -> tuple[torch.Tensor, torch.Tensor]:
             padded[b, n, : len(ids)], mask[b, n, : len(ids)] = ids, True
     return padded, mask
 
-
 # ---- Log-probs without the logits of a whole batch in memory ---------------------------------------------------------
-
 
 def token_log_probs(hidden, weight, targets, temperature: float = 1.0, forbidden=(), chunk: int = 256) -> torch.Tensor:
     """log softmax(hidden @ weight.T / temperature)[targets] as (M,) float32; hidden (M, D), weight (V, D), targets (M,).
@@ -497,7 +472,6 @@ def token_log_probs(hidden, weight, targets, temperature: float = 1.0, forbidden
     """
     forbidden = torch.tensor(forbidden, dtype=torch.long, device=hidden.device)
     return TokenLogProbs.apply(hidden, weight, targets, temperature, forbidden, chunk)
-
 
 class TokenLogProbs(torch.autograd.Function):
     """Keeps one number a token (log Z) for the backward pass, which computes each chunk's logits once more."""
@@ -532,7 +506,6 @@ class TokenLogProbs(torch.autograd.Function):
             grad_weight.addmm_(d_logits.T, h)
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
 
-
 def scaled_logits(hidden, weight, temperature: float, forbidden) -> torch.Tensor:
     """Float32 logits (M, V) / temperature with forbidden tokens at -inf: the one definition of the policy's softmax."""
     logits = hidden.float() @ weight.float().T
@@ -540,9 +513,7 @@ def scaled_logits(hidden, weight, temperature: float, forbidden) -> torch.Tensor
         logits.div_(temperature)
     return logits.index_fill_(1, forbidden, -torch.inf)
 
-
 # ---- Sampling --------------------------------------------------------------------------------------------------------
-
 
 @dataclass
 class Completion:
@@ -552,7 +523,6 @@ class Completion:
     ids: torch.Tensor
     logprobs: torch.Tensor
     finished: bool
-
 
 @torch.no_grad()
 def generate(network: QwenVL, prompts, num_generations: int = 1, max_new_tokens: int = 256, temperature: float = 1.0,
@@ -573,7 +543,8 @@ def generate(network: QwenVL, prompts, num_generations: int = 1, max_new_tokens:
 
     batch = PromptBatch.from_prompts(prompts, network.config, device)
     cache = KVCache(network.config.text_config.num_hidden_layers, batch.lengths, N, max_new_tokens)
-    hidden = prefill(network, batch, cache).repeat_interleave(N, dim=0)  # (B*N, D)
+    last = last_states(network.prompt_states(batch, cache), batch.lengths)
+    hidden = network.model.norm(last).repeat_interleave(N, dim=0)  # (B*N, D)
     position = batch.next_position.repeat_interleave(N)  # (B*N,) of the token being sampled
     row = torch.arange(B * N, device=device)  # which completion a slot of the batch works on
     alive = torch.ones(B * N, dtype=torch.bool, device=device)  # slots that have not finished
@@ -596,7 +567,6 @@ def generate(network: QwenVL, prompts, num_generations: int = 1, max_new_tokens:
     rows = [Completion(ids[r, :n], logprobs[r, :n], finished[r]) for r, n in enumerate(length.tolist())]
     return [rows[b * N : (b + 1) * N] for b in range(B)]
 
-
 def uniform_draws(seeds, N: int, length: int) -> torch.Tensor:
     """One uniform number in [0, 1) for every token that may be sampled, (len(seeds)*N, length) float64.
 
@@ -608,22 +578,15 @@ def uniform_draws(seeds, N: int, length: int) -> torch.Tensor:
     draws = [torch.rand(N, length, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
     return torch.cat(draws)
 
-
-def prefill(network: QwenVL, batch: PromptBatch, cache: KVCache) -> torch.Tensor:
-    """Run the prompts once, fill the cache, and return the final hidden state (B, D) of each prompt's last token."""
-    B, P = batch.ids.shape
-    rotary = network.model.rotary(batch.positions.flatten(1))
-    x = network.model(network.embed_prompts(batch), rotary, GroupAttention(batch.lengths, P, cache=cache))
-    last = x.view(B, P, -1)[torch.arange(B, device=x.device), batch.lengths - 1]
-    return network.model.norm(last)
-
+def last_states(x, lengths) -> torch.Tensor:
+    """The state (B, D) of each prompt's last real token, from states x (B, P, D) and lengths (B,)."""
+    return x[torch.arange(len(x), device=x.device), lengths - 1]
 
 def decode(network: QwenVL, tokens, position, cache: KVCache) -> torch.Tensor:
     """One step: tokens (B*N,) at M-RoPE positions (B*N,) -> final hidden states (B*N, D); the cache grows by one."""
     x = network.model(network.model.embed_tokens(tokens), network.model.rotary(position.expand(3, -1)), cache)
     cache.t += 1
     return network.model.norm(x)
-
 
 def sample_tokens(logits, uniform, greedy: bool = False, top_p: float = 1.0, top_k: int = 0):
     """Draw a token from each row of logits (R, V) with the uniform numbers (R,); returns tokens and log-probs, (R,) each.
@@ -645,7 +608,6 @@ def sample_tokens(logits, uniform, greedy: bool = False, top_p: float = 1.0, top
     token = pick if candidates is None else candidates.gather(1, pick)
     return token[:, 0], logp.gather(1, pick)[:, 0]
 
-
 def likeliest(logits, top_p: float, top_k: int, first: int = 1024):
     """The candidates of top-k and top-p: logits (R, C), sorted, the excluded at -inf, and their token ids (R, C).
 
@@ -664,7 +626,6 @@ def likeliest(logits, top_p: float, top_k: int, first: int = 1024):
         values = values.masked_fill(before >= top_p, -torch.inf)
     return values, ids
 
-
 def rows_worth_keeping(alive):
     """Decide whether dropping finished rows pays: None, or (prompts (B',), rows (B'*N',), N') for KVCache.keep.
 
@@ -679,19 +640,13 @@ def rows_worth_keeping(alive):
     living_first = alive[prompts].int().argsort(dim=1, descending=True, stable=True)[:, :most]
     return prompts, (prompts[:, None] * N + living_first).flatten(), most
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Weights on disk
 # ----------------------------------------------------------------------------------------------------------------------
 
-# Our names for parts that the checkpoint names otherwise; several names: stacked by rows in one matrix.
-PARTS = {".self_attn.qkv.": (".self_attn.q_proj.", ".self_attn.k_proj.", ".self_attn.v_proj."),
-         ".self_attn.proj.": (".self_attn.o_proj.",),
-         ".gate_up_proj.": (".gate_proj.", ".up_proj.")}
 # Files beside the weights that a copy of the checkpoint needs; anything else (code above all) is left behind.
 SIDE_FILES = ("tokenizer*.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
               "generation_config.json", "preprocessor_config.json", "chat_template*", "LICENSE*")
-
 
 def load_pretrained(path, dtype=torch.float32, device="cpu") -> QwenVL:
     """A QwenVL with the weights of a Hugging Face checkpoint directory: one safetensors file or several, hub names or
@@ -704,21 +659,20 @@ def load_pretrained(path, dtype=torch.float32, device="cpu") -> QwenVL:
         network = QwenVL(config).to(dtype)
     network.to_empty(device=device)
     network.stop_tokens, network.forbidden_tokens = special_tokens(path, config)
-    files = tensor_files(path)
-    ours = {theirs for name in network.state_dict() for theirs in hub_names(name)}
-    missing, unknown = sorted(ours - files.keys()), sorted(files.keys() - ours - {"lm_head.weight"})
+    files, ours = tensor_files(path), checkpoint_tensors(network)
+    missing, unknown = sorted(ours.keys() - files), sorted(files.keys() - ours - {"lm_head.weight"})
     if missing or unknown:
         what = f"lacks {missing[0]}" if missing else f"has an unknown tensor {unknown[0]}"
         raise CheckpointError(f"{path}: {what} ({len(missing)} missing, {len(unknown)} unknown): not this config's weights")
-    for name, parameter in network.state_dict().items():
-        for theirs, part in zip(hub_names(name), split_parts(name, parameter, config)):
-            tensor = read_tensor(*files[theirs])
-            if tensor.shape != part.shape:
-                raise CheckpointError(f"{path}: {theirs} has shape {tuple(tensor.shape)}, config.json says "
-                                      f"{tuple(part.shape)}: weights and config.json do not belong together")
-            part.copy_(tensor)
+    for name, parameter in ours.items():
+        file, name_there = files[name]
+        with safe_open(file, "pt") as tensors:
+            tensor = tensors.get_tensor(name_there)
+        if tensor.shape != parameter.shape:
+            raise CheckpointError(f"{path}: {name} has shape {tuple(tensor.shape)}, config.json says "
+                                  f"{tuple(parameter.shape)}: weights and config.json do not belong together")
+        parameter.copy_(tensor)
     return network
-
 
 def save_pretrained(network: QwenVL, directory, source, dtype=torch.bfloat16, max_shard_size="5GB"):
     """Write a Hugging Face checkpoint: weights under their hub names, config.json, and `source`'s tokenizer files."""
@@ -726,17 +680,13 @@ def save_pretrained(network: QwenVL, directory, source, dtype=torch.bfloat16, ma
 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for name, parameter in network.state_dict().items():
-        parts = split_parts(name, parameter.to("cpu", dtype), network.config)
-        tensors |= {theirs: part.clone() for theirs, part in zip(hub_names(name), parts)}
+    tensors = {name: part.to("cpu", dtype, copy=True) for name, part in checkpoint_tensors(network).items()}
     save_torch_state_dict(tensors, directory, max_shard_size=max_shard_size)
     network.config.dtype = dtype
     network.config.save_pretrained(directory)
     for file in [file for pattern in SIDE_FILES for file in Path(source).glob(pattern)]:
         if not (directory / file.name).exists():
             shutil.copyfile(file, directory / file.name)
-
 
 def read_config(path):
     """config.json as transformers' Qwen2VLConfig or Qwen2_5_VLConfig, which know the hub's old and new layouts."""
@@ -754,7 +704,6 @@ def read_config(path):
         raise CheckpointError(f"{path}/config.json: needs an mrope_section, and no sliding window")
     return config
 
-
 def special_tokens(path: Path, config) -> tuple[list[int], list[int]]:
     """End tokens, from config.json and generation_config.json; tokens never to be sampled (see QwenVL)."""
     read = lambda name: json.loads(file.read_text("utf-8")) if (file := path / name).exists() else {}
@@ -768,7 +717,6 @@ def special_tokens(path: Path, config) -> tuple[list[int], list[int]]:
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "vision_token_id")
     vision = {getattr(config, name, None) for name in names} - {None}
     return sorted(stop), sorted(vision | set(range(max(words, default=vocab_size - 1) + 1, vocab_size)))
-
 
 def tensor_files(path: Path) -> dict:
     """Hub name of every tensor -> (file, its name there), of a single safetensors file or a sharded checkpoint."""
@@ -786,21 +734,16 @@ def tensor_files(path: Path) -> dict:
             raise CheckpointError(f"{file}: damaged or not a safetensors file ({error})") from None
     return found
 
-
-def read_tensor(file, name) -> torch.Tensor:
-    with safe_open(file, "pt") as tensors:
-        return tensors.get_tensor(name)
-
-
-def hub_names(name: str) -> list[str]:
-    """What the checkpoint calls our parameter `name`; several names if it stores the matrix in parts."""
-    return next(([name.replace(ours, part) for part in parts] for ours, parts in PARTS.items() if ours in name), [name])
-
-
-def split_parts(name: str, parameter, config) -> tuple[torch.Tensor, ...]:
-    """Our parameter as views of the parts that `hub_names` lists."""
-    if ".self_attn.qkv." in name:
-        text = config.text_config
-        head = text.hidden_size // text.num_attention_heads
-        return parameter.split([n * head for n in (text.num_attention_heads, *[text.num_key_value_heads] * 2)])
-    return parameter.chunk(2) if ".gate_up_proj." in name else (parameter,)
+def checkpoint_tensors(network: QwenVL) -> dict[str, torch.Tensor]:
+    """The network's weights under the checkpoint's names, as views: what is one matrix here may be several there."""
+    text, tensors = network.config.text_config, {}
+    head = text.hidden_size // text.num_attention_heads
+    rows = [n * head for n in (text.num_attention_heads, text.num_key_value_heads, text.num_key_value_heads)]
+    for name, parameter in network.state_dict().items():
+        if ".self_attn.qkv." in name:
+            tensors |= {name.replace("qkv", f"{x}_proj"): part for x, part in zip("qkv", parameter.split(rows))}
+        elif ".gate_up_proj." in name:
+            tensors |= {name.replace("gate_up", x): part for x, part in zip(("gate", "up"), parameter.chunk(2))}
+        else:
+            tensors[name.replace(".self_attn.proj.", ".self_attn.o_proj.")] = parameter
+    return tensors
