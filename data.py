@@ -1,4 +1,4 @@
-"""Data: tasks, samples from files or from the built-in generator, images, prompts, labels.
+"""Data: tasks, samples from files or built in, images, prompts, labels.
 
 The way of one sample: Sample (image, question, objects) → Processor.encode → Example (ids, pixels, grid_thw, label).
 
@@ -12,15 +12,15 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from io import BytesIO
-from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from rewards import parse_answer
+from rewards import parse_answer, split_completion
 
 Frame = tuple[int, int]                                           # (width, height)
 CONVENTION = {"qwen2_vl": "relative", "qwen2_5_vl": "pixels"}     # the coordinates a network was trained to write
@@ -28,20 +28,17 @@ SPLITS = ("train", "validation", "test")
 MAX_IMAGE_PIXELS = 89_478_485     # Pillow's limit too: a file of a few kB can claim more than memory holds
 MAX_GAP = 32                      # a rollout with longer white space is degenerate: it must not shape the label
 
-
 class DataError(ValueError):
     """A user's mistake, told in one line: where, what, and what to do about it."""
 
     def __init__(self, message):
         super().__init__(" ".join(str(message).split()))
 
-
 def _require(condition, complaint: str):
     if not condition:
         raise DataError(complaint)
 
-
-# ---- Tasks ----------------------------------------------------------------------------------------------------------
+# ---- Tasks -----------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Task:
@@ -57,14 +54,12 @@ class Task:
     example: str = '<answer>[{"bbox_2d": [120, 85, 480, 571], "point_2d": [310, 352]}]</answer>'
     image_size: Frame | None = None      # all images squashed to one size; None: smart_resize keeps the aspect ratio
     thresholds: dict | None = None       # fields of rewards.Thresholds; None: the paper's
-    metrics: tuple[str, ...] = ("gIoU", "cIoU", "accuracy", "N-Acc")
     recipe: dict = field(default_factory=dict)      # where training settings differ from train.py's defaults
 
     def prompt(self, question: str, frame: Frame, think: bool = True) -> str:
         """What the user says about an image. frame: the model's, so that the wording names the right coordinates."""
         text = self.instruction + (self.think_format if think else self.answer_format)
         return text.format(question=question.strip(), width=frame[0], height=frame[1], example=self.example)
-
 
 GROUNDING = Task(
     name="grounding",
@@ -92,8 +87,7 @@ SHAPES = Task(
 
 TASKS = {task.name: task for task in (GROUNDING, SHAPES)}
 
-
-# ---- Samples --------------------------------------------------------------------------------------------------------
+# ---- Samples ---------------------------------------------------------------------------------------------------------
 
 @dataclass
 class Sample:
@@ -109,26 +103,24 @@ class Sample:
     where: str = ""                      # "file, row 3"
     scene: list[dict] | None = None      # built-in pictures: colour, kind, bbox_2d and point_2d of every shape
 
-
 class Dataset(list):
-    """A list of samples. `skipped` counts bad rows left out, `clipped` label objects cut to their image."""
+    """Samples, and the numbers of bad rows skipped and of label objects clipped to their image."""
 
     skipped = clipped = 0
 
-
 def load_samples(source, task: Task, split="train", limit: int | None = None, skip_bad_rows=False) -> Dataset:
-    """Read and check the samples of a source, or the first `limit`; images inside Parquet stay encoded, in memory.
+    """Read and check the samples of a source, or the first `limit`; DataError at a bad row unless those are skipped.
 
     source: "builtin", a .jsonl or .json file (an object per line), a .parquet file, a folder of Parquet shards (those
         of `split` are read), a hub id, or None for the task's own.
     Columns: image, problem, solution (training: pixels of the stored image; img_width, img_height of the original) or
         image, text, bbox (test: original pixels; one box, several, or []). Image paths start where the file is.
-    Raises DataError at the first bad row, or skips and counts them.
     """
-    source = str(source or (task.data if split == "train" else task.eval_data))
+    _require(limit is None or limit > 0, f"limit is {limit}: use at least one sample")
+    source, data = str(source or (task.data if split == "train" else task.eval_data)), Dataset()
     if source == "builtin":
-        return Dataset(shapes_sample(split, i) for i in range(limit or (2000 if split == "train" else 500)))
-    data = Dataset()
+        from assets.shapes import shapes_sample
+        return Dataset(shapes_sample(split, i) for i in range(2000 if split == "train" else 500)[:limit])
     for file, number, row in _rows(source, split):
         if len(data) == limit:
             break
@@ -143,15 +135,14 @@ def load_samples(source, task: Task, split="train", limit: int | None = None, sk
     _require(data, f"{source}: no usable rows ({data.skipped} skipped); give other data with --data PATH")
     return data
 
-
 def _rows(source: str, split: str):
     """Yield (file, row number from 1, row); the row is a dict, or the bytes of one line of a JSON file."""
     path = fetch(source, "dataset")
-    if path.suffix in (".jsonl", ".json"):
-        yield from ((path, number, line) for number, line in enumerate(path.read_bytes().splitlines(), 1)
-                   if line.strip())
+    if path.suffix in (".json", ".jsonl"):
+        lines = enumerate(path.read_bytes().splitlines(), 1)
+        yield from ((path, number, line) for number, line in lines if line.strip())
         return
-    pyarrow = _pyarrow(source)
+    import pyarrow.parquet
     # of train-00000-of-00001.parquet and test-…, the split's; a name without any split is read for every split
     files = [path] if path.is_file() else [file for file in sorted(path.rglob("*.parquet"))
                                            if split in file.stem or not any(name in file.stem for name in SPLITS)]
@@ -160,37 +151,27 @@ def _rows(source: str, split: str):
         try:
             shard = pyarrow.parquet.ParquetFile(file)
             columns = [name for name in shard.schema_arrow.names if name != "mask"]      # large, and not used
-            batches = shard.iter_batches(batch_size=64, columns=columns)
-            for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
-                yield file, number, row
+            rows = (row for batch in shard.iter_batches(64, columns=columns) for row in batch.to_pylist())
+            yield from ((file, number, row) for number, row in enumerate(rows, 1))
         except (OSError, pyarrow.ArrowException) as error:
             raise DataError(f"{file}: not readable as Parquet ({error}); data are .jsonl, .json or .parquet") from None
 
-
 def fetch(name, kind: str) -> Path:
     """A local path as it is, or the folder of a hub "model" or "dataset" (owner/name), downloaded on first use."""
-    flag = {"model": "the checkpoint with --model PATH", "dataset": "the data with --data PATH"}[kind]
-    if Path(name).exists():
-        return Path(name)
-    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)) and not str(name).endswith((".json", ".jsonl", ".parquet"))
-    _require(is_hub_id, f"{name}: no such file or folder; give {flag}")
-    if kind == "dataset":
-        _pyarrow(name)                   # before a download of gigabytes, not after it
+    path, flag = Path(name), {"model": "the checkpoint with --model", "dataset": "the data with --data"}[kind] + " PATH"
+    is_json = path.suffix in (".json", ".jsonl")
+    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)) and not is_json and path.suffix != ".parquet"
+    _require(path.exists() or is_hub_id, f"{name}: no such file or folder; give {flag}")
+    _require(kind == "model" or is_json or find_spec("pyarrow"),         # before a download of gigabytes, not after it
+             f"{name}: reading Parquet needs pyarrow: pip install pyarrow")
+    if path.exists():
+        return path
     try:
         from huggingface_hub import snapshot_download
         return Path(snapshot_download(str(name), repo_type=kind, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.py"]))
     except Exception as error:           # no network, no such repository, disk full: the remedy is the same
         raise DataError(f"{name}: no such folder, and the Hugging Face hub did not give it "
                         f"({type(error).__name__}: {str(error)[:150]}); give {flag}") from None
-
-
-def _pyarrow(name):
-    try:
-        import pyarrow.parquet
-        return pyarrow
-    except ImportError:
-        raise DataError(f"{name}: reading Parquet needs pyarrow: pip install pyarrow") from None
-
 
 def _read_row(row: dict | bytes, file: Path, where: str) -> tuple[Sample, int]:
     """One row, checked, as a sample, and how many of its objects were clipped."""
@@ -207,39 +188,32 @@ def _read_row(row: dict | bytes, file: Path, where: str) -> tuple[Sample, int]:
     if isinstance(image, dict):          # Hugging Face's image struct: bytes, or else a path
         image = image.get("bytes") or image.get("path")
     image = file.parent / image if isinstance(image, str) else image
-    if not isinstance(image, bytes):
-        _require(isinstance(image, Path) and image.is_file(), f"the image {image} does not exist")
-    own, recorded = image_size(image), (row.get("img_width"), row.get("img_height"))
-    recorded = recorded if all(recorded) else None
-    frame = None if training else recorded
-    objects = _from_json(label)
+    stored, size = image_size(image), (row.get("img_width"), row.get("img_height"))
+    size = size if all(size) else None
+    frame, objects = None if training else size, _from_json(label)
     _require(isinstance(objects, list), f"the label is not a list: {str(label)[:80]}")
     if not training:
         boxes = objects if not objects or isinstance(objects[0], list) else [objects]
         objects = [{"bbox_2d": box} for box in boxes]
-    checked = [_clip_object(found, frame or own) for found in objects]
-    sample = Sample(id=str(row.get("id") or row.get("image_id") or where), question=question, image=image,
-                    objects=[found for found, _ in checked], frame=frame, size=recorded,
-                    solution=label if isinstance(label, str) else None, where=where)
-    return sample, sum(cut for _, cut in checked)
-
+    clipped = [_clip_object(found, frame or stored) for found in objects]
+    name, solution = str(row.get("id") or row.get("image_id") or where), label if isinstance(label, str) else None
+    sample = Sample(name, question, image, [found for found, _ in clipped], frame, size, solution, where)
+    return sample, sum(cut for _, cut in clipped)
 
 def _clip_object(found: dict, frame: Frame) -> tuple[dict, bool]:
     """A label object, checked and cut to its frame, and whether there was something to cut."""
-    def are_numbers(values, count):
-        return isinstance(values, list) and len(values) == count and all(
-            type(value) in (int, float) and abs(value) < 1e9 for value in values)        # false for NaN
+    def numbers(name, count):
+        values = found.get(name) if isinstance(found, dict) else None
+        _require(isinstance(values, list) and [type(value) in (int, float) and abs(value) < 1e9 for value in values]
+                 == [True] * count, f"{name} is not a list of {count} finite numbers: {str(found)[:80]}")
+        return values
 
-    box, point = (found.get("bbox_2d"), found.get("point_2d")) if isinstance(found, dict) else (None, None)
-    _require(are_numbers(box, 4), f"bbox_2d is not a list of four finite numbers: {str(found)[:80]}")
-    _require(box[0] < box[2] and box[1] < box[3], f"the box {box} is inside out or empty: it is [x1, y1, x2, y2]")
-    point = [(box[0] + box[2]) / 2, (box[1] + box[3]) / 2] if point is None else point
-    _require(are_numbers(point, 2), f"point_2d is not a list of two finite numbers: {str(found)[:80]}")
-    inside = [min(max(value, 0), limit) for value, limit in zip(box + point, cycle(frame))]
-    _require(inside[0] < inside[2] and inside[1] < inside[3],
-             f"the box {box} lies outside its image of {frame[0]} x {frame[1]} pixels")
+    x1, y1, x2, y2 = box = numbers("bbox_2d", 4)
+    _require(x1 < x2 and y1 < y2, f"the box {box} is inside out or empty: it is [x1, y1, x2, y2]")
+    point = [(x1 + x2) / 2, (y1 + y2) / 2] if found.get("point_2d") is None else numbers("point_2d", 2)
+    x1, y1, x2, y2, *_ = inside = np.clip(box + point, 0, frame * 3).tolist()
+    _require(x1 < x2 and y1 < y2, f"the box {box} lies outside its image of {frame[0]} x {frame[1]} pixels")
     return {"bbox_2d": inside[:4], "point_2d": inside[4:]}, inside != box + point
-
 
 def _from_json(value):
     """What JSON text says; anything else as it is."""
@@ -248,8 +222,7 @@ def _from_json(value):
     except (ValueError, RecursionError) as error:        # bad JSON or UTF-8, a 5,000-digit number, 5,000 brackets
         raise DataError(f"not JSON ({error}): {value[:80]!r}") from None
 
-
-# ---- Images and geometry --------------------------------------------------------------------------------------------
+# ---- Images and geometry ---------------------------------------------------------------------------------------------
 
 def open_image(source, where: str = "image") -> Image.Image:
     """Decode an image (a path, bytes or a Pillow image) to RGB, upright by its EXIF tag. DataError names `where`."""
@@ -259,7 +232,6 @@ def open_image(source, where: str = "image") -> Image.Image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:           # damaged files make Pillow raise nearly anything
         raise DataError(f"{where}: {error}; replace or remove the image") from None
-
 
 def image_size(source) -> Frame:
     """(width, height) of an image once upright, from its header alone. DataError for what no model could take."""
@@ -273,21 +245,14 @@ def image_size(source) -> Frame:
              f"the image of {width} x {height} pixels is too large or too long")
     return width, height
 
-
 def _open_header(source) -> Image.Image:
-    if isinstance(source, Image.Image):
-        return source
-    return Image.open(BytesIO(source) if isinstance(source, bytes) else source)
-
+    source = BytesIO(source) if isinstance(source, bytes) else source
+    return source if isinstance(source, Image.Image) else Image.open(source)
 
 def smart_resize(width: int, height: int, factor: int, min_pixels: int, max_pixels: int) -> Frame:
-    """Multiples of factor with an area within the limits and about the same aspect ratio.
-
-    Equal to transformers.models.qwen2_vl's smart_resize(height, width); ValueError for sides beyond 200:1.
-    """
+    """Multiples of factor, the area within the limits, aspect ratio nearly kept; as transformers' smart_resize."""
     sides = (width, height)
-    if max(sides) > 200 * min(sides):
-        raise ValueError(f"one side of {width} x {height} is over 200 times the other")
+    _require(max(sides) <= 200 * min(sides), f"one side of {width} x {height} is over 200 times the other")
     near = tuple(round(side / factor) * factor for side in sides)
     if math.prod(near) > max_pixels:
         shrink = math.sqrt(width * height / max_pixels)
@@ -297,37 +262,38 @@ def smart_resize(width: int, height: int, factor: int, min_pixels: int, max_pixe
         return tuple(math.ceil(side * grow / factor) * factor for side in sides)
     return near
 
-
 def target_size(size: Frame, factor: int, min_pixels: int, max_pixels: int, fixed: Frame | None = None) -> Frame:
     """The (width, height) an image is sent in: `fixed` rounded to multiples of factor, or smart_resize of its size."""
     if fixed is None:
         return smart_resize(*size, factor, min_pixels, max_pixels)
     return tuple(max(factor, round(side / factor) * factor) for side in fixed)
 
-
 def model_frame(size: Frame, coordinates: str) -> Frame:
     """The frame a network speaks: "pixels" of the image it sees (Qwen2.5-VL) or "relative", 0 to 1000 (Qwen2-VL)."""
     return {"pixels": tuple(size), "relative": (1000, 1000)}[coordinates]
 
-
 def move_objects(objects: list[dict], src_frame: Frame, dst_frame: Frame, round_to_int: bool = False) -> list[dict]:
-    """New objects with the same boxes and points in another frame; a field an object lacks stays absent.
+    """New objects with the same boxes and points in another frame; a box that rounds to nothing stays 1 wide or high.
 
     >>> move_objects([{"bbox_2d": [84, 42, 420, 840]}], (840, 840), (1000, 500), round_to_int=True)
     [{'bbox_2d': [100, 25, 500, 500]}]
     """
     def move(numbers):
-        moved = [value * dst / src for value, src, dst in zip(numbers, cycle(src_frame), cycle(dst_frame))]
-        return [round(value) for value in moved] if round_to_int else moved
+        corners = np.reshape(numbers, (-1, 2)) * dst_frame / src_frame       # of a box, or the one point
+        if round_to_int:
+            corners = corners.round().astype(int)
+            if len(corners) == 2:
+                corners[0] = np.minimum(corners[0], np.subtract(dst_frame, 1))
+                corners[1] = np.maximum(corners[1], corners[0] + 1)
+        return corners.ravel().tolist()
 
     return [{name: move(found[name]) for name in ("bbox_2d", "point_2d") if name in found} for found in objects]
-
 
 def patchify(image: Image.Image, patch_size, merge_size, temporal_patch_size, mean, std) -> tuple[np.ndarray, tuple]:
     """Cut an RGB image into the rows of numbers the vision tower reads, bit-equal to Qwen2VLImageProcessorPil.
 
-    Returns pixels, float32 (h·w, 3·temporal·patch·patch), and grid_thw = (1, h, w), in patches. The patches of a
-    merge_size x merge_size block, which become one token, are consecutive. Sides are multiples of the block's.
+    Returns pixels (h·w, 3·temporal·patch·patch) float32 and grid_thw = (1, h, w), in patches. Those of a block of
+    merge_size x merge_size, which become one token, are consecutive; the image is a whole number of blocks.
     """
     p, m = patch_size, merge_size
     h, w = image.height // p, image.width // p
@@ -336,18 +302,16 @@ def patchify(image: Image.Image, patch_size, merge_size, temporal_patch_size, me
     x = np.repeat(x[:, :, :, :, :, None], temporal_patch_size, axis=5)       # (h/m, w/m, m, m, 3, temporal, p, p)
     return x.reshape(h * w, -1), (1, h, w)
 
-
-# ---- Label text, aligned with the rollouts' style (reward control 1) ------------------------------------------------
+# ---- Label text, aligned with the rollouts' style (reward control 1) -------------------------------------------------
 
 # white space, then a token: a tag, a string, a bracket, comma or colon, or a number
 TOKEN = re.compile(r'(\s*)(</?answer>|"(?:[^"\\]|\\.)*"|[][{},:]|[^][{},:"<\s]+|\S)')
 
-
 def _walk(answer: str):
     """Yield (context, white space, token) for each token of `<answer>[…]</answer>`.
 
-    White space goes by its context: the kinds of the tokens around it (all strings are one kind, all numbers another)
-    and the brackets open there, such as ", number [{[".
+    A context is what stands on either side of the white space, any string or number being the same as any other, and
+    the brackets that are open there: ", number [{[".
     """
     previous, brackets = "", ""
     for space, token in TOKEN.findall(answer):
@@ -356,21 +320,19 @@ def _walk(answer: str):
         brackets = brackets + token if token in "[{" else brackets[:-1] if token in "]}" else brackets
         previous = kind
 
+def _favourites(votes: Counter) -> dict[str, str]:
+    """What most votes, (context, white space), say of every context; the first seen wins a tie."""
+    return dict(pair for pair, _ in reversed(votes.most_common()))
 
 def read_style(answer: str) -> dict[str, str]:
     """The most frequent white space of every context in `<answer>[…]</answer>`."""
-    counts = {}
-    for context, space, _ in _walk(answer):
-        counts.setdefault(context, Counter())[space] += 1
-    style = {context: spaces.most_common(1)[0][0] for context, spaces in counts.items()}
+    style = _favourites(Counter((context, space) for context, space, _ in _walk(answer)))
     # one object does not show what parts two: the line break before the first, or else what parts its box and point
     if ", { [" not in style and ", string [{" in style:
         style[", { ["] = style["[ { ["] if "\n" in style["[ { ["] else style[", string [{"]
     return style
 
-
 DEFAULT_STYLE = read_style('<answer>[{"bbox_2d": [1, 2], "point_2d": [1, 2]}]</answer>')      # json.dumps
-
 
 def label_text(objects: list[dict], style: dict[str, str] = DEFAULT_STYLE) -> str:
     """Objects as `<answer>[…]</answer>` in a style; contexts that it lacks get no white space.
@@ -381,40 +343,34 @@ def label_text(objects: list[dict], style: dict[str, str] = DEFAULT_STYLE) -> st
     walk = _walk(f"<answer>{json.dumps(objects)}</answer>")
     return "".join(style.get(context, "") + token for context, _, token in walk)
 
-
 class LabelStyle:
     """The style the policy prefers: in every context the white space most of its well-formed rollouts use there."""
 
     def __init__(self, task: Task):
-        self.default = read_style(task.example)
-        self.votes: dict[str, Counter] = {}              # context → white space → number of rollouts
+        self.default, self.votes = read_style(task.example), Counter()
 
     def observe(self, completion: str):
         """Count one rollout's style; a rollout without a well-formed answer has none."""
-        if parse_answer(completion) is None:
-            return
-        outside = re.sub(r"(?s)<think>.*?(</think>|\Z)", "", completion)
-        style = read_style("<answer>" + outside.rpartition("<answer>")[2].partition("</answer>")[0] + "</answer>")
-        if max(map(len, style.values())) <= MAX_GAP:
-            for context, space in style.items():
-                self.votes.setdefault(context, Counter())[space] += 1
+        if parse_answer(completion) is not None:
+            style = read_style(f"<answer>{split_completion(completion)[1]}</answer>")
+            if max(map(len, style.values())) <= MAX_GAP:
+                self.votes.update(style.items())
 
     def render(self, objects: list[dict]) -> str:
         """The label's text in that style, and in the task's where no rollout has shown one."""
-        return label_text(objects, self.default | {c: spaces.most_common(1)[0][0] for c, spaces in self.votes.items()})
+        return label_text(objects, self.default | _favourites(self.votes))
 
     def example(self) -> str:
         """What labels look like now, for the log."""
         return self.render([{"bbox_2d": [1, 2, 3, 4], "point_2d": [2, 3]}])
 
     def state_dict(self) -> dict:
-        return {context: dict(spaces) for context, spaces in self.votes.items()}
+        return {json.dumps(vote): count for vote, count in self.votes.items()}
 
     def load_state_dict(self, state: dict):
-        self.votes = {context: Counter(spaces) for context, spaces in state.items()}
+        self.votes = Counter({tuple(json.loads(vote)): count for vote, count in state.items()})
 
-
-# ---- From a sample to what the network reads ------------------------------------------------------------------------
+# ---- From a sample to what the network reads -------------------------------------------------------------------------
 
 @dataclass
 class Example:
@@ -435,15 +391,13 @@ class Example:
 
     def written_label(self) -> str:
         """The label in the data set's own style, for runs without alignment: its very text where no number changed."""
-        solution = self.sample.solution
-        return label_text(self.objects, read_style(f"<answer>{solution}</answer>") if solution else DEFAULT_STYLE)
-
+        text = self.sample.solution
+        return label_text(self.objects, read_style(f"<answer>{text}</answer>") if text else DEFAULT_STYLE)
 
 def chat(text: str, image_tokens: int) -> str:
     """One user turn, an image and a text, in the ChatML that Qwen2-VL and Qwen2.5-VL were trained on."""
     return ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
             + "<|image_pad|>" * image_tokens + f"<|vision_end|>{text}<|im_end|>\n<|im_start|>assistant\n")
-
 
 class Processor:
     """What a checkpoint's folder says about its inputs: tokenizer, patches, image limits, coordinates."""
@@ -473,9 +427,8 @@ class Processor:
             raise DataError(f"{path}: not a complete Qwen2-VL or Qwen2.5-VL checkpoint folder "
                             f"({type(error).__name__}: {str(error)[:150]}); give one with --model PATH") from None
 
-    def encode(self, sample: Sample, task: Task, think=True, max_prompt_length: int | None = None,
-               image_size: Frame | None = None, min_pixels: int | None = None,
-               max_pixels: int | None = None) -> Example:
+    def encode(self, sample: Sample, task: Task, think=True, max_prompt_length=None, image_size: Frame | None = None,
+               min_pixels=None, max_pixels=None) -> Example:
         """Image, prompt and label of a sample as the network takes them.
 
         The image is sent in image_size or else the task's; min_pixels or max_pixels ask for smart_resize instead.
@@ -510,52 +463,3 @@ class Processor:
         ids = torch.as_tensor(ids).tolist()
         end = min((ids.index(token) for token in self.end_token_ids if token in ids), default=len(ids))
         return self.tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
-
-
-# ---- The built-in task ----------------------------------------------------------------------------------------------
-
-COLOURS = {"red": (215, 40, 40), "green": (40, 165, 60), "blue": (45, 80, 225), "yellow": (235, 210, 40),
-           "purple": (150, 55, 190), "cyan": (50, 200, 215)}
-KINDS = {                                # which pixels belong to a shape of radius r; (x, y) from its centre
-    "square": lambda x, y, r: np.maximum(abs(x), abs(y)) <= r,
-    "circle": lambda x, y, r: x ** 2 + y ** 2 <= r ** 2,
-    "triangle": lambda x, y, r: 2 * abs(x) <= y + r,
-    "cross": lambda x, y, r: np.minimum(abs(x), abs(y)) <= r / 3}
-
-
-def shapes_sample(split: str, index: int) -> Sample:
-    """The index-th picture of a split, always the same: 48x48 pixels, 2 to 4 shapes, no two of one colour and kind.
-
-    The question names one of them or, in 30 % of the pictures, one that is absent but mostly shares colour or kind.
-    """
-    rng = np.random.default_rng([SPLITS.index(split), index])
-    tone = rng.choice([45, 205]) + rng.integers(-25, 26)
-    coarse = rng.integers(tone - 18, tone + 19, (6, 6, 3)).astype(np.uint8)
-    smooth = Image.fromarray(coarse).resize((48, 48), Image.Resampling.BICUBIC)
-    picture = np.asarray(smooth) + rng.normal(0, 3, (48, 48, 3))
-    first, absent = rng.integers(24), rng.random() < 0.3
-    pairs = [(colour, kind) for colour in COLOURS for kind in KINDS]
-    weights = np.array([3 if set(pair) & set(pairs[first]) else 1 for pair in pairs]) * (np.arange(24) != first)
-    drawn = [*([] if absent else [first]), *rng.choice(24, 4, replace=False, p=weights / weights.sum())]
-    drawn = drawn[:rng.integers(2, 5)]
-    scene, taken = [], np.zeros((48, 48), bool)
-    for size in rng.integers(10, 21, 300):               # try places until all shapes have one; a fourth may find none
-        x, y = rng.integers(0, 49 - size, 2).tolist()
-        if taken[max(y - 1, 0):y + size + 1, max(x - 1, 0):x + size + 1].any():
-            continue
-        taken[y:y + size, x:x + size] = True
-        colour, kind = pairs[drawn[len(scene)]]
-        rows, columns = np.mgrid[:size, :size] - (size - 1) / 2
-        ys, xs = np.nonzero(KINDS[kind](columns, rows, size / 2))
-        xs, ys = x + xs, y + ys
-        picture[ys, xs] = COLOURS[colour] + rng.integers(-10, 11, 3) + rng.normal(0, 4, (len(xs), 3))
-        scene.append({"colour": colour, "kind": kind, "point_2d": [round(xs.mean()), round(ys.mean())],
-                      "bbox_2d": [int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1]})
-        if len(scene) == len(drawn):
-            break
-    asked = scene[rng.integers(len(scene))]
-    objects = [] if absent else [{"bbox_2d": asked["bbox_2d"], "point_2d": asked["point_2d"]}]
-    colour, kind = pairs[first] if absent else (asked["colour"], asked["kind"])
-    image = Image.fromarray(picture.clip(0, 255).astype(np.uint8))
-    return Sample(f"{split}-{index}", f"find the {colour} {kind}", image, objects, scene=scene,
-                  where=f"built-in {split} picture {index}")

@@ -21,14 +21,13 @@ import data
 import model
 import rewards
 
-
 def evaluate(network, processor, task: data.Task, samples, *, max_new_tokens=512, batch_size=32, think=True,
              progress=True, **encoding) -> list[dict]:
     """Answer every sample by greedy decoding; results (see `make_result`) in the order of the samples.
 
     encoding: image_size, max_pixels, min_pixels, max_prompt_length of Processor.encode, whose DataError is not caught.
-    Only one batch of images is open at a time. Those of similar size share a batch, so that little of a prompt is
-    padding; the largest come first, so that what does not fit into memory fails at once.
+    A batch holds images of similar size, for little padding, and is opened when its turn comes; the largest come first,
+    so that what does not fit into memory fails at once.
     """
     lengths = [(np.prod(data.image_size(sample.image)), len(sample.question)) for sample in samples]
     order, results = sorted(range(len(samples)), key=lengths.__getitem__, reverse=True), [None] * len(samples)
@@ -40,7 +39,6 @@ def evaluate(network, processor, task: data.Task, samples, *, max_new_tokens=512
             results[i] = make_result(processor, task, example, completion, think)
     return results
 
-
 def make_result(processor, task: data.Task, example, completion, think: bool) -> dict:
     """One answer, ready for JSON, in pixels of the original image; only its reward is counted in the model's frame."""
     text, sample = processor.decode(completion.ids), example.sample
@@ -51,7 +49,6 @@ def make_result(processor, task: data.Task, example, completion, think: bool) ->
         "label": example.truth, "size": list(example.size), "length": len(completion.ids),
         "truncated": not completion.finished, "thinking": rewards.has_thinking(text),
         "reward": rewards.score(text, example.objects, task.name, example.frame, thresholds, think)}
-
 
 def metrics(results: list[dict]) -> dict:
     """All metrics by name; None where there is no sample to measure one on.
@@ -75,7 +72,6 @@ def metrics(results: list[dict]) -> dict:
         **{name: mean([result[name] for result in results]) for name in ("thinking", "truncated", "length")},
         "reward": mean([result["reward"]["total"] for result in results]), "samples": len(results)}
 
-
 def compare(result: dict) -> tuple[float, float, float, float]:
     """What accuracy, gIoU and cIoU are made of: (hits / max(#predicted, #labelled), IoU, intersection, union)."""
     predicted, label, corner = result["prediction"], result["label"], np.tile(result["size"], 2)
@@ -86,7 +82,6 @@ def compare(result: dict) -> tuple[float, float, float, float]:
         return float(predicted == label), float(predicted == label), intersection, union
     pairs = rewards.match((rewards.iou(a, b) > 0.5).astype(int))
     return len(pairs) / max(len(a), len(b)), intersection / union, intersection, union
-
 
 def areas(boxes_a: np.ndarray, boxes_b: np.ndarray) -> tuple[float, float]:
     """Areas of intersection and union of two masks, each the union of boxes: (n, 4) and (m, 4), real numbers.
@@ -105,17 +100,14 @@ def areas(boxes_a: np.ndarray, boxes_b: np.ndarray) -> tuple[float, float]:
     cells = np.outer(np.diff(ys), np.diff(xs))
     return float(cells[a & b].sum()), float(cells[a | b].sum())
 
-
 def format_table(metrics: dict) -> str:
     """Aligned lines of name and value: shares in percent, `-` where there was nothing to measure."""
     forms = {"samples": "d", "length": ".1f", "reward": ".2f"}
     return "\n".join(f"{name:12s} " + ("-" if value is None else format(value, forms.get(name, ".1%"))).rjust(8)
                      for name, value in metrics.items())
 
-
 TILE, TEXT, GAP = 300, 170, 24                   # pixels: side of a picture, height of the text below it, margin
 LABEL, PREDICTION, BLACK, GREY = "#00995c", "#e65c00", "#1a1a1a", "#6b6b6b"
-
 
 def gallery(results: list[dict], samples, path, columns=4, count=12):
     """Write a PNG of up to `count` answers over their images, at equal distances from the worst to the best."""
@@ -123,16 +115,14 @@ def gallery(results: list[dict], samples, path, columns=4, count=12):
     chosen = [order[int(k)] for k in np.linspace(0, len(order) - 1, min(count, len(order)))]
     height = 2 * GAP + -(-len(chosen) // columns) * (TILE + TEXT + GAP)
     sheet = Image.new("RGB", (GAP + columns * (TILE + GAP), height), "white")
-    note, x = f"{len(chosen)} of {len(results)} answers, from the worst to the best", GAP
-    for text, colour in (("label", LABEL), ("prediction", PREDICTION), (note, GREY)):
-        ImageDraw.Draw(sheet).text((x, GAP), text, colour, ImageFont.load_default(18), anchor="lm")
-        x += 10 * len(text) + GAP
+    note = f"{len(chosen)} of {len(results)} answers, from the worst to the best"
+    for x, text, colour in ((0, "label", LABEL), (74, "prediction", PREDICTION), (198, note, GREY)):
+        ImageDraw.Draw(sheet).text((GAP + x, GAP), text, colour, ImageFont.load_default(18), anchor="lm")
     for place, i in enumerate(chosen):
         tile = draw_tile(results[i], data.open_image(samples[i].image, samples[i].where))
         sheet.paste(tile, (GAP + place % columns * (TILE + GAP), 2 * GAP + place // columns * (TILE + TEXT + GAP)))
     sheet.save(f"{path}.partial", "PNG")         # written beside and renamed: nobody finds half a picture
     Path(f"{path}.partial").replace(path)
-
 
 def draw_tile(result: dict, image: Image.Image) -> Image.Image:
     """One answer: the image in the original's proportions with boxes and points; question, verdict and completion."""
@@ -158,7 +148,6 @@ def draw_tile(result: dict, image: Image.Image) -> Image.Image:
         draw.multiline_text((0, y), "\n".join(wrapped), fill, ImageFont.load_default(points), spacing=4)
         y += len(wrapped) * (points + 4) + 6
     return tile
-
 
 def parse_command_line(argv=None) -> argparse.Namespace:
     """The flags; a mistake in them is one line on stderr and exit code 2."""
@@ -189,7 +178,6 @@ def parse_command_line(argv=None) -> argparse.Namespace:
     config.output_dir = config.output_dir or "-".join(["runs/eval", config.task, *Path(config.model).parts[-2:]])
     return config
 
-
 def main(argv=None):
     """Check what the user gave, load the weights, answer, report."""
     config = parse_command_line(argv)
@@ -214,7 +202,6 @@ def main(argv=None):
     gallery(results, samples, directory / "gallery.png")
     print(format_table(answers["metrics"]), "", directory / "answers.json", directory / "gallery.png", sep="\n")
     print(f"{samples.skipped} bad rows skipped, {samples.clipped} label boxes clipped to their image")
-
 
 if __name__ == "__main__":
     main()

@@ -31,6 +31,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 class CheckpointError(ValueError):
@@ -412,20 +413,14 @@ class PromptBatch:
     @classmethod
     def from_prompts(cls, prompts, config, device="cpu") -> "PromptBatch":
         """Build from objects with .ids (P,), .pixels (patches, ...) and .grid_thw (images, 3)."""
-        B, P = len(prompts), max(len(p.ids) for p in prompts)
-        ids = torch.zeros(B, P, dtype=torch.long)
-        positions = torch.zeros(3, B, P, dtype=torch.long)
-        for b, prompt in enumerate(prompts):
-            ids[b, : len(prompt.ids)] = prompt.ids
-            positions[:, b, : len(prompt.ids)] = mrope_positions(prompt.ids, prompt.grid_thw, config)
+        positions = [mrope_positions(p.ids, p.grid_thw, config) for p in prompts]  # (3, P) each
         return cls(
-            ids=ids.to(device),
-            lengths=torch.tensor([len(p.ids) for p in prompts]).to(device),
-            positions=positions.to(device),
-            next_position=(positions.amax(dim=(0, 2)) + 1).to(device),
+            ids=pad_sequence([p.ids for p in prompts], batch_first=True).to(device),
+            lengths=torch.tensor([len(p.ids) for p in prompts], device=device),
+            positions=pad_sequence([p.T for p in positions], batch_first=True).permute(2, 0, 1).to(device),
+            next_position=torch.stack([p.max() + 1 for p in positions]).to(device),
             pixels=torch.cat([p.pixels for p in prompts]).to(device),
-            grid_thw=torch.cat([p.grid_thw for p in prompts]),  # stays on the CPU: it only steers loops
-        )
+            grid_thw=torch.cat([p.grid_thw for p in prompts]))  # stays on the CPU: it only steers loops
 
 def mrope_positions(ids, grid_thw, config) -> torch.Tensor:
     """M-RoPE positions (3, P) of one prompt (P,) with images grid_thw (images, 3), in patches (Qwen2-VL, section 2.1).
@@ -451,17 +446,10 @@ def mrope_positions(ids, grid_thw, config) -> torch.Tensor:
     return torch.cat(columns, dim=1)
 
 def pad_completions(groups) -> tuple[torch.Tensor, torch.Tensor]:
-    """Groups of N token-id tensors, one group a prompt -> ids (B, N, T) and mask (B, N, T), True on real tokens.
-
-    Groups may differ in size and completions in length; what is missing is padding.
-    """
-    B, N = len(groups), max(len(group) for group in groups)
-    T = max(len(ids) for group in groups for ids in group)
-    padded, mask = torch.zeros(B, N, T, dtype=torch.long), torch.zeros(B, N, T, dtype=torch.bool)
-    for b, group in enumerate(groups):
-        for n, ids in enumerate(group):
-            padded[b, n, : len(ids)], mask[b, n, : len(ids)] = ids, True
-    return padded, mask
+    """B groups of N token-id tensors -> ids (B, N, T), right-padded, and mask (B, N, T), True on real tokens."""
+    lengths = torch.tensor([[len(ids) for ids in group] for group in groups])  # (B, N)
+    padded = pad_sequence([ids for group in groups for ids in group], batch_first=True)
+    return padded.view(*lengths.shape, -1), torch.arange(padded.shape[1]) < lengths[..., None]
 
 # ---- Log-probs without the logits of a whole batch in memory ---------------------------------------------------------
 
@@ -640,9 +628,7 @@ def rows_worth_keeping(alive):
     living_first = alive[prompts].int().argsort(dim=1, descending=True, stable=True)[:, :most]
     return prompts, (prompts[:, None] * N + living_first).flatten(), most
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Weights on disk
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Weights on disk -------------------------------------------------------------------------------------------------
 
 # Files beside the weights that a copy of the checkpoint needs; anything else (code above all) is left behind.
 SIDE_FILES = ("tokenizer*.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",

@@ -4,17 +4,16 @@ A completion should read
 
     <think> reasoning </think> <answer>[{"bbox_2d": [x1, y1, x2, y2], "point_2d": [x, y]}, ...]</answer>
 
-with `[]` for nothing found. For box tasks its reward is a sum of four components, at most 7, as in the VisionReasoner
-line of the ViSurf authors (arXiv 2510.10606):
+with `[]` for nothing found. Its reward is the sum of four components, at most 7, as in the VisionReasoner line of the
+ViSurf authors (arXiv 2510.10606):
 
     thinking    0 or 1   the completion has exactly the shape above, and there are words in the thinking
     format      0 to 2   share of the listed objects with a readable box + share with a readable point
     accuracy    0 to 3   best one-to-one matching: a pair earns 1 for IoU, 1 for box L1, 1 for the point
     non_repeat  0 or 1   fewer than two sentences repeat an earlier one
 
-The policy will exploit whatever this file lets through. So the parser is strict and bounded: what it cannot read is
-"no answer" and earns nothing, never an exception, and whatever a completion holds it is scored in milliseconds.
-A box is (x1, y1, x2, y2) with width x2 - x1: corners are positions between pixels, not pixels.
+The policy will exploit whatever this file lets through: so what the parser cannot read earns nothing, never raises, and
+is scored in milliseconds whatever it holds. A box (x1, y1, x2, y2) is x2 - x1 wide: corners lie between pixels.
 """
 
 import json
@@ -33,7 +32,6 @@ MAX_OBJECTS = 120
 MAX_DEPTH = 8                # a list of objects of lists is 3; json recurses, so depth is checked before it runs
 MAX_NUMBER = 100_000         # no image is wider; a larger number is no coordinate
 
-
 @dataclass(frozen=True)
 class Thresholds:
     """When a predicted and a labelled object agree: IoU above the first, distances below the others (all strictly)."""
@@ -42,15 +40,15 @@ class Thresholds:
     box_l1: float = 10.0     # mean absolute difference of the four box numbers, in pixels of an 840x840 frame
     point: float = 30.0      # distance, in pixels of an 840x840 frame
 
+# ---- The reward ------------------------------------------------------------------------------------------------------
 
-# ---- The reward -----------------------------------------------------------------------------------------------------
 def score(completion: str, label: list[dict], task: str = "grounding", frame=(FRAME, FRAME),
           thresholds: Thresholds = Thresholds(), think: bool = True) -> dict[str, float]:
     """Score one completion against its label: the components of RANGES by name, and their sum as "total".
 
     label: objects {"bbox_2d": [x1, y1, x2, y2], "point_2d": [x, y]}, [] for nothing to find. No point: the box centre.
     frame: (width, height) of the coordinates in both, such as the pixels of the image the model sees, or (1000, 1000).
-    think: False where the run asks for no reasoning: the components in THINKING are left out.
+    think: False leaves out the components in THINKING.
     Raises ValueError for an unknown task or a frame without area; never for what a completion holds.
 
     >>> label = [{"bbox_2d": [100, 100, 300, 300]}]
@@ -66,29 +64,23 @@ def score(completion: str, label: list[dict], task: str = "grounding", frame=(FR
     components = {name: value * readable for name, value in components.items() if think or name not in THINKING}
     return {**components, "total": sum(components.values())}
 
-
 def box_reward(completion: str, label: list[dict], frame, thresholds: Thresholds) -> dict[str, float]:
     """The four components for tasks that are answered with boxes and points."""
     predicted = parse_answer(completion)
     return {"thinking": float(has_thinking(completion)), "format": answer_format(predicted, label),
             "accuracy": accuracy(predicted, label, frame, thresholds), "non_repeat": non_repeat(completion)}
 
-
 # Task -> function(completion, label, frame, thresholds) -> components. "shapes" is the built-in task.
 REWARDS = {"grounding": box_reward, "shapes": box_reward}
 
+# ---- Its components --------------------------------------------------------------------------------------------------
 
-# ---- Its components -------------------------------------------------------------------------------------------------
 def has_thinking(completion: str) -> bool:
-    """Whether the whole completion is `<think>…</think>`, white space, `<answer>…</answer>`, each tag exactly once.
-
-    Thinking without a letter or digit does not count. What stands between the answer tags is not looked at.
-    """
+    """Whether this is just `<think>words</think>`, white space, `<answer>anything</answer>`, with each tag once."""
     if any(completion.count(tag) != 1 for tag in ("<think>", "</think>", "<answer>", "</answer>")):
         return False
     shape = re.fullmatch(r"\s*<think>(.*)</think>\s*<answer>.*</answer>\s*", completion, re.DOTALL)
     return shape is not None and re.search(r"[^\W_]", shape[1]) is not None
-
 
 def answer_format(predicted: list[dict] | None, label: list[dict]) -> float:
     """Mean over the listed objects of [has a readable box] + [has a readable point], from 0 to 2.
@@ -99,7 +91,6 @@ def answer_format(predicted: list[dict] | None, label: list[dict]) -> float:
         return 2.0 if predicted == [] and not label else 0.0
     return sum(len(found) for found in predicted) / len(predicted)   # the parser keeps readable fields only
 
-
 def accuracy(predicted: list[dict] | None, label: list[dict], frame, thresholds: Thresholds) -> float:
     """What the best one-to-one matching of predicted and labelled objects earns / max(#predicted, #label), from 0 to 3.
 
@@ -109,7 +100,6 @@ def accuracy(predicted: list[dict] | None, label: list[dict], frame, thresholds:
         return 3.0 if predicted == [] and not label else 0.0
     gain = pair_gain(predicted, label, frame, thresholds)
     return float(sum(gain[pair] for pair in match(gain)) / max(gain.shape))
-
 
 def pair_gain(predicted: list[dict], label: list[dict], frame, thresholds: Thresholds) -> np.ndarray:
     """What predicted object i and labelled object j earn as a pair: (n, m) integers from 0 to 3.
@@ -122,8 +112,8 @@ def pair_gain(predicted: list[dict], label: list[dict], frame, thresholds: Thres
     boxes = np.array([found.get("bbox_2d", missing) for found in predicted]) * stretch                # (n, 4)
     points = np.array([found.get("point_2d", missing[:2]) for found in predicted]) * stretch[:2]      # (n, 2)
     true_boxes = np.array([thing["bbox_2d"] for thing in label]) * stretch                            # (m, 4)
-    true_points = np.array([thing.get("point_2d") or missing[:2] for thing in label]) * stretch[:2]   # (m, 2)
-    true_points = np.where(np.isnan(true_points), (true_boxes[:, :2] + true_boxes[:, 2:]) / 2, true_points)
+    true_points = np.array([thing.get("point_2d") or np.reshape(thing["bbox_2d"], (2, 2)).mean(axis=0)
+                            for thing in label]) * stretch[:2]                                        # (m, 2)
     low, high = boxes[:, :2], boxes[:, 2:]
     is_box = (low < high).all(axis=1)                                                                 # (n,)
     has_point = is_box & ((low <= points) & (points <= high)).all(axis=1)
@@ -133,22 +123,20 @@ def pair_gain(predicted: list[dict], label: list[dict], frame, thresholds: Thres
             + (is_box[:, None] & (l1 < thresholds.box_l1))
             + (has_point[:, None] & (distance < thresholds.point)))
 
-
 def non_repeat(completion: str) -> float:
-    """1, or 0 when two or more sentences repeat: when at least two sentences were already said before.
+    """1, or 0 when at least two sentences of the prose were already said before; case and white space do not count.
 
-    Sentences end at . ! ? (also the Chinese ones) or a line break, not at the point inside a number; case and white
-    space do not distinguish them. The answer is not prose and is left out.
+    Sentences end at . ! ? (also the Chinese ones) or a line break, not at the point inside a number.
     """
-    prose, _ = _split(completion)
+    prose, _ = split_completion(completion)
     text = re.sub(r"\.(?<=\d\.)(?=\d)", ",", prose.casefold())
     for end in "!?\n。！？":
         text = text.replace(end, ".")
     sentences = [sentence for sentence in "".join(text.split()).split(".") if sentence]
     return float(len(sentences) - len(set(sentences)) < 2)
 
+# ---- Comparing boxes -------------------------------------------------------------------------------------------------
 
-# ---- Comparing boxes ------------------------------------------------------------------------------------------------
 def iou(boxes_a: np.ndarray, boxes_b: np.ndarray) -> np.ndarray:
     """Intersection over union of every box of (n, 4) with every box of (m, 4): (n, m); 0 for boxes without area."""
     a, b = (np.asarray(boxes, float).reshape(-1, 4).T for boxes in (boxes_a, boxes_b))    # x1, y1, x2, y2 as rows
@@ -159,14 +147,13 @@ def iou(boxes_a: np.ndarray, boxes_b: np.ndarray) -> np.ndarray:
     # Without an area there is no intersection either: 0 / 1e-12, where the union is 0 or, inside out, negative.
     return intersection / np.maximum(area_a + area_b - intersection, 1e-12)
 
-
 def match(gain: np.ndarray) -> list[tuple[int, int]]:
     """One-to-one (row, column) pairs of an (n, m) matrix with the largest possible sum; pairs worth 0 are left out.
 
-    The Hungarian method (Kuhn 1955). Rows and columns carry prices, row + column >= gain, and only tight pairs
-    (equality) are matched. When no more rows find a place, the rows that compete for the same columns lower their price
-    by 1 and those columns raise theirs. Once unmatched rows are at price 0, the prices add up to the gains matched, so
-    nothing can be better: as many rounds as the largest gain, 3. Raises ValueError unless gains are whole and >= 0.
+    The Hungarian method (Kuhn 1955). Rows and columns carry prices, row + column >= gain; only tight pairs (equality)
+    are matched. When no more rows find a place, those that compete for the same columns lower their price by 1 and the
+    columns raise theirs. Once unmatched rows are at price 0, the prices add up to the gains matched: nothing can be
+    better, after as many rounds as the largest gain, 3. Raises ValueError unless gains are whole and >= 0.
 
     >>> match(np.array([[3, 2], [3, 0]]))   # 2 + 3 beats 3 + 0
     [(0, 1), (1, 0)]
@@ -190,7 +177,6 @@ def match(gain: np.ndarray) -> list[tuple[int, int]]:
         column_price[list(seen)] += 1
     return sorted((row, column) for column, row in owner.items())
 
-
 def _place(row: int, tight: list[list[int]], owner: dict, seen: set) -> bool:
     """Give `row` a tight column, moving that column's owner elsewhere if need be (an augmenting path)."""
     for column in tight[row]:
@@ -201,20 +187,19 @@ def _place(row: int, tight: list[list[int]], owner: dict, seen: set) -> bool:
                 return True
     return False
 
+# ---- Reading the answer ----------------------------------------------------------------------------------------------
 
-# ---- Reading the answer ---------------------------------------------------------------------------------------------
 def parse_answer(completion: str) -> list[dict] | None:
     """The objects of the last `<answer>…</answer>` outside `<think>…</think>`, or None for no answer. Never raises.
 
-    Thinking ends at the first `</think>`, or never. If the last `<answer>` is not closed or is interrupted by thinking,
-    there is no answer, whatever stood before it. Its text is a JSON list of objects within the MAX_ bounds, in which no
-    number at all is NaN, infinite or beyond MAX_NUMBER. Objects keep their readable fields only: "bbox_2d" if it is
-    four numbers, "point_2d" if it is two (true is none). So a malformed field does not cost its neighbours.
+    Thinking ends at the first `</think>`, or never. A last `<answer>` that is not closed or is interrupted by thinking
+    is no answer. Its text is a JSON list of objects within the MAX_ bounds, no number in it NaN, infinite or beyond
+    MAX_NUMBER. Objects keep their readable fields: "bbox_2d" of four numbers, "point_2d" of two (true is no number).
 
     >>> parse_answer('<think>A dog?</think><answer>[{"bbox_2d": [1, 2, 3, 4], "point_2d": "middle"}]</answer>')
     [{'bbox_2d': [1.0, 2.0, 3.0, 4.0]}]
     """
-    _, answer = _split(completion)
+    _, answer = split_completion(completion)
     if answer is None or len(answer) > MAX_ANSWER or _depth(answer) > MAX_DEPTH:
         return None
     try:
@@ -223,12 +208,12 @@ def parse_answer(completion: str) -> list[dict] | None:
         return None
     if type(objects) is not list or len(objects) > MAX_OBJECTS or any(type(found) is not dict for found in objects):
         return None
-    return [{field: found[field] for field, count in (("bbox_2d", 4), ("point_2d", 2))
-             if _is_numbers(found.get(field), count)} for found in objects]
+    are_numbers = lambda value, count: type(value) is list and [type(number) for number in value] == [float] * count
+    fields = {"bbox_2d": 4, "point_2d": 2}.items()
+    return [{name: found[name] for name, count in fields if are_numbers(found.get(name), count)} for found in objects]
 
-
-def _split(completion: str) -> tuple[str, str | None]:
-    """Part a completion into its prose (thinking and all else, in no special order) and the text of its answer."""
+def split_completion(completion: str) -> tuple[str, str | None]:
+    """A completion's prose (thinking and all else, in no special order) and the text of its answer, or None."""
     outside, *pieces = completion.split("<think>")
     pieces = [piece.partition("</think>") for piece in pieces]
     thinking = "\n".join(inside for inside, _, _ in pieces)
@@ -238,12 +223,10 @@ def _split(completion: str) -> tuple[str, str | None]:
     answer, closed, after = rest.partition("</answer>") if opened else ("", "", rest)
     return f"{thinking}\n{before}\n{after}", answer if closed else None
 
-
 def _depth(text: str) -> int:
     """How deep the brackets of a text nest, those in strings included."""
     codes = np.frombuffer(text.encode("utf-8", "replace"), np.uint8)
     return int(np.cumsum(np.isin(codes, list(b"[{")).astype(int) - np.isin(codes, list(b"]}"))).max(initial=0))
-
 
 def _number(text: str) -> float:
     """A JSON number, or NaN or Infinity, as a float; ValueError unless it is within MAX_NUMBER (NaN never is)."""
@@ -252,9 +235,4 @@ def _number(text: str) -> float:
         raise ValueError(f"no coordinate: {text[:20]}")
     return value
 
-
 _DECODER = json.JSONDecoder(parse_int=_number, parse_float=_number, parse_constant=_number)
-
-
-def _is_numbers(value, count: int) -> bool:
-    return isinstance(value, list) and len(value) == count and all(isinstance(item, float) for item in value)

@@ -32,15 +32,9 @@ import model
 import rewards
 import visurf
 
-
-class UsageError(ValueError):
-    """A flag that cannot work; the message is one line that names the flag and the remedy."""
-
-
 def option(default, help: str, choices=None):
     """A field of Config that is also a command-line flag."""
     return field(default=default, metadata={"help": help, "choices": choices})
-
 
 @dataclass
 class Config:
@@ -66,9 +60,8 @@ class Config:
     temperature: float = option(1.0, "of sampling, and of the log-probs that are trained")
     top_p: float = option(1.0, "sample from the likeliest tokens that hold this probability")
     top_k: int = option(0, "sample from this many likeliest tokens, 0 for all")
-    learning_rate: float = option(1e-6, "constant after the warm-up")
-    warmup_steps: int = option(0, "steps over which the learning rate rises from 0")
-    weight_decay: float = option(0.01, "of AdamW, on matrices")
+    learning_rate: float = option(1e-6, "of AdamW, constant")
+    weight_decay: float = option(0.01, "of AdamW")
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
     epsilon: float = option(0.2, "importance ratios are clipped below 1 - epsilon")
     epsilon_high: float = option(0.0, "and above 1 + epsilon_high (0: epsilon)")
@@ -86,9 +79,7 @@ class Config:
     save_steps: int = option(100, "steps between checkpoints")
     log_rollouts: int = option(10, "steps between rollouts shown in full")
 
-
 # ---- The step --------------------------------------------------------------------------------------------------------
-
 
 @dataclass
 class Run:
@@ -103,6 +94,11 @@ class Run:
     step: int = 0  # steps done
     not_finite: int = 0  # updates given up because the gradient was not finite
 
+def make_run(config: Config, task, processor, network) -> Run:
+    """A run at step 0: AdamW on float32 weights, no style seen yet."""
+    network.checkpoint_activations = config.checkpoint_activations
+    optimizer = torch.optim.AdamW(network.parameters(), config.learning_rate, (0.9, 0.999), weight_decay=config.weight_decay)
+    return Run(config, task, processor, network, optimizer, data.LabelStyle(task))
 
 @dataclass
 class Group:
@@ -113,7 +109,6 @@ class Group:
     texts: list[str]
     components: list[dict]  # reward of each member by component
     truncated: int  # rollouts cut off at the length limit
-
 
 def train_step(run: Run, examples: list[data.Example]) -> tuple[dict, list[Group]]:
     """One batch of prompts through the whole method; returns what is logged, and the groups."""
@@ -128,16 +123,14 @@ def train_step(run: Run, examples: list[data.Example]) -> tuple[dict, list[Group
     seconds = {"rollout_seconds": sampled - start, "update_seconds": time.perf_counter() - sampled}
     return describe(run, groups, advantages) | metrics | seconds, groups
 
-
 def sample_rollouts(run: Run, examples) -> list[list[model.Completion]]:
     """G completions of each prompt; the seed of a prompt's rollouts is its place in the run."""
     config = run.config
     if config.method == "sft":
         return [[] for _ in examples]
-    places = range(run.step * config.batch_size, (run.step + 1) * config.batch_size)
-    return model.generate(run.network, examples, config.num_generations, config.max_completion_length, config.temperature,
-                          config.top_p, config.top_k, seeds=[mix_seeds(config.seed, place) for place in places])
-
+    seeds = [mix_seeds(config.seed, run.step * config.batch_size + i) for i in range(len(examples))]
+    return model.generate(run.network, examples, config.num_generations, config.max_completion_length,
+                          config.temperature, config.top_p, config.top_k, seeds)
 
 def score_rollouts(run: Run, example, completions) -> Group:
     """The group of one prompt without its label; the label's style learns from the rollouts."""
@@ -147,14 +140,12 @@ def score_rollouts(run: Run, example, completions) -> Group:
     truncated = sum(not completion.finished for completion in completions)
     return Group(example, [c.ids for c in completions], texts, [score(run, t, example) for t in texts], truncated)
 
-
 def score(run: Run, text: str, example) -> dict:
     """Reward components of a completion, in the frame that the model speaks."""
     thresholds = rewards.Thresholds(**(run.task.thresholds or {}))
     scores = rewards.score(text, example.objects, run.task.name, example.frame, thresholds, run.config.think)
     del scores["total"]
     return scores
-
 
 def inject_labels(run: Run, groups: list[Group]):
     """Append each group's label: its text in the rollouts' style (control 1), its tokens, its reward components."""
@@ -168,7 +159,6 @@ def inject_labels(run: Run, groups: list[Group]):
         group.ids.append(run.processor.label_ids(text))
         group.components.append(components)
 
-
 def compute_advantages(config: Config, groups: list[Group]) -> torch.Tensor:
     """Advantages (B, N), float64; in SFT every label weighs 1."""
     if config.method == "sft":
@@ -181,7 +171,6 @@ def compute_advantages(config: Config, groups: list[Group]) -> torch.Tensor:
     labels = {name: torch.tensor([label[name] for label in labels], dtype=torch.float64) for name in labels[0]}
     return visurf.visurf_advantages(totals, labels, rewards.THINKING, config.drop_thinking_reward,
                                     config.smooth_label_reward)
-
 
 def update(run: Run, groups: list[Group], advantages: torch.Tensor) -> dict:
     """One or more optimizer steps on the groups. Groups without any advantage are left out: their gradient is 0."""
@@ -211,9 +200,13 @@ def update(run: Run, groups: list[Group], advantages: torch.Tensor) -> dict:
             metrics["loss"] += loss.item() / config.num_iterations
             for name, value in stats.items():  # means over a piece's tokens -> mean over the batch's
                 metrics[name] += (value * mask.sum()).item() / tokens / config.num_iterations
-        metrics["grad_norm"] = optimizer_step(run)
+        norm = torch.nn.utils.clip_grad_norm_(run.network.parameters(), config.max_grad_norm).item()
+        metrics["grad_norm"] = norm
+        if math.isfinite(norm):
+            run.optimizer.step()
+        else:  # this update is dropped and counted, and the run goes on
+            run.not_finite += 1
     return metrics
-
 
 def make_piece(run: Run, groups: list[Group], advantages):
     """The tensors of a few groups: prompts, completions (b, N, T), their mask, advantages (b, N)."""
@@ -222,27 +215,12 @@ def make_piece(run: Run, groups: list[Group], advantages):
     batch = model.PromptBatch.from_prompts([group.example for group in groups], run.network.config, device)
     return batch, ids.to(device), mask.to(device), advantages.to(device)
 
-
-def optimizer_step(run: Run) -> float:
-    """Clip and step, and return the norm; a gradient that is not finite is dropped and counted, and the run goes on."""
-    config = run.config
-    norm = torch.nn.utils.clip_grad_norm_(run.network.parameters(), config.max_grad_norm).item()
-    if not math.isfinite(norm):
-        run.not_finite += 1
-        return norm
-    for group in run.optimizer.param_groups:
-        group["lr"] = config.learning_rate * min(1.0, (run.step + 1) / max(config.warmup_steps, 1))
-    run.optimizer.step()
-    return norm
-
-
 # ---- The loop --------------------------------------------------------------------------------------------------------
-
 
 def train(config: Config):
     """A whole run: check what the user gave, load, evaluate, train, save, evaluate again."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UsageError("several processes are not supported yet: use torchrun --nproc_per_node 1, or plain python")
+        raise data.DataError("several processes are not supported yet: use torchrun --nproc_per_node 1, or plain python")
     task = data.TASKS[config.task]
     checkpoint = data.fetch(config.model or task.model, "model")
     model.read_config(checkpoint)
@@ -256,8 +234,7 @@ def train(config: Config):
     directory = prepare_output(config)
 
     network = model.load_pretrained(checkpoint, device="cuda" if torch.cuda.is_available() else "cpu")
-    network.checkpoint_activations = config.checkpoint_activations
-    run = Run(config, task, processor, network, make_optimizer(network, config), data.LabelStyle(task))
+    run = make_run(config, task, processor, network)
     if config.resume and (last := last_checkpoint(directory)):
         load_state(run, last)
     print(f"{config.method} on {config.task}: {len(samples)} samples ({samples.skipped} bad rows skipped, "
@@ -268,7 +245,6 @@ def train(config: Config):
     final = save(run, directory, checkpoint)
     after = run_evaluation(run, held_out, directory / "after.json", directory / "gallery.png")
     report(before, after, directory, final)
-
 
 def loop(run: Run, samples, encode, directory: Path, source):
     """Steps until max_steps, with a line, a record and now and then a checkpoint for each."""
@@ -293,18 +269,15 @@ def loop(run: Run, samples, encode, directory: Path, source):
         if run.step % config.save_steps == 0:
             save(run, directory, source)
 
-
 def data_order(size: int, first: int, count: int, seed: int) -> list[int]:
     """Which samples are number first .. first + count - 1 of an endless stream that shuffles the data each epoch."""
     places = range(first, first + count)
     shuffled = {epoch: np.random.default_rng([seed, epoch]).permutation(size) for epoch in {k // size for k in places}}
     return [int(shuffled[k // size][k % size]) for k in places]
 
-
 def mix_seeds(*numbers: int) -> int:
     """One seed from several numbers. Shifted together they would not do: torch's CPU generator keeps 32 bits."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
 
 def encoding(config: Config) -> dict:
     """The flags about prompts and image sizes, as data.Processor.encode takes them; what was not given is None."""
@@ -312,57 +285,41 @@ def encoding(config: Config) -> dict:
     return {"think": config.think, "image_size": (side, side) if side else None,
             "min_pixels": config.min_pixels or None, "max_pixels": config.max_pixels or None}
 
-
-def make_optimizer(network, config: Config) -> torch.optim.AdamW:
-    """AdamW on float32 weights; norms and biases do not decay."""
-    matrices = [p for p in network.parameters() if p.ndim > 1]
-    vectors = [p for p in network.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.999))
-
-
 # ---- What is shown ---------------------------------------------------------------------------------------------------
-
 
 def describe(run: Run, groups: list[Group], advantages) -> dict:
     """What happened in a step: shares from 0 to 1, rewards as means over rollouts, lengths in tokens."""
-    config, metrics = run.config, {"not_finite": run.not_finite}
-    mean = lambda values: sum(values) / len(values)
-    if config.method != "rlvr":
-        reward = lambda label: visurf.label_reward(label, rewards.THINKING, config.drop_thinking_reward).item()
-        metrics["label_reward"] = mean([reward(group.components[-1]) for group in groups])  # before smoothing
-    if config.method == "visurf":
-        label = advantages[:, -1]
-        metrics["label_active"] = (label.abs() > 1e-6).double().mean().item()
-        metrics["label_advantage"] = label.mean().item()
+    config, metrics, mean = run.config, {}, lambda values: sum(values) / len(values)
     if config.method != "sft":
-        G = config.num_generations
-        rollouts = [components for group in groups for components in group.components[:G]]
-        lengths = [len(ids) for group in groups for ids in group.ids[:G]]
-        metrics["reward"] = mean([sum(components.values()) for components in rollouts])
+        rollouts = [components for group in groups for components in group.components[: config.num_generations]]
+        lengths = [len(ids) for group in groups for ids in group.ids[: config.num_generations]]
+        metrics = {"reward": mean([sum(components.values()) for components in rollouts])}
         metrics |= {f"reward/{name}": mean([components[name] for components in rollouts]) for name in rollouts[0]}
-        metrics |= {"length": mean(lengths), "tokens": sum(lengths),
-                    "truncated": sum(group.truncated for group in groups) / len(lengths),
-                    "no_signal": (advantages == 0).all(dim=1).double().mean().item(), "style": run.style.example()}
-    return metrics
-
+        metrics |= {"no_signal": mean([not group.any() for group in advantages]), "length": mean(lengths),
+                    "truncated": sum(group.truncated for group in groups) / len(lengths), "tokens": sum(lengths),
+                    "style": run.style.example()}
+    if config.method == "visurf":
+        reward = lambda label: visurf.label_reward(label, rewards.THINKING, config.drop_thinking_reward).item()
+        metrics |= {"label_reward": mean([reward(group.components[-1]) for group in groups]),  # before smoothing
+                    "label_active": mean((advantages[:, -1].abs() > 1e-6).tolist()),
+                    "label_advantage": advantages[:, -1].mean().item()}
+    return metrics | {"not_finite": run.not_finite}
 
 def step_line(run: Run, m: dict) -> str:
     """A step in one line of words."""
     words = [f"step {run.step:4d}/{run.config.max_steps}"]
     if "reward" in m:
         parts = " ".join(f"{name[7:]} {value:.2f}" for name, value in m.items() if name.startswith("reward/"))
-        words.append(f"reward {m['reward']:.2f} ({parts})")
+        words += [f"reward {m['reward']:.2f} ({parts})"]
     if "label_active" in m:
-        words.append(f"label active {m['label_active']:.0%}, advantage {m['label_advantage']:+.2f}")
-    words.append(f"loss {m['loss']:+.3f}, gradient {m['grad_norm']:.2f}")
+        words += [f"label active {m['label_active']:.0%}, advantage {m['label_advantage']:+.2f}"]
+    words += [f"loss {m['loss']:+.3f}, gradient {m['grad_norm']:.2f}"]
     if "reward" in m:
-        words.append(f"no signal {m['no_signal']:.0%}, clipped {m['clipped']:.1%}")
-        words.append(f"length {m['length']:.0f}, cut off {m['truncated']:.0%}")
-        words.append(f"{m['tokens'] / m['rollout_seconds']:,.0f} tokens/s")
-    words.append(f"{m['rollout_seconds']:.1f} s rollout + {m['update_seconds']:.1f} s update")
-    return " | ".join(words) + (f" | {m['not_finite']} updates were not finite" if m["not_finite"] else "")
-
+        words += [f"no signal {m['no_signal']:.0%}, clipped {m['clipped']:.1%}",
+                  f"length {m['length']:.0f}, cut off {m['truncated']:.0%}",
+                  f"{m['tokens'] / m['rollout_seconds']:,.0f} tokens/s"]
+    words += [f"{m['rollout_seconds']:.1f} s rollout + {m['update_seconds']:.1f} s update"]
+    return " | ".join(words + [f"{m['not_finite']} updates were not finite"] * (m["not_finite"] > 0))
 
 def show_group(run: Run, group: Group) -> str:
     """The first and the last member of a group in full, as a reader would want to see them."""
@@ -372,7 +329,6 @@ def show_group(run: Run, group: Group) -> str:
         reward = ", ".join(f"{name} {value:.2f}" for name, value in group.components[i].items())
         lines.append(f"    {which:7s} {group.texts[i]!r} ({reward})")
     return "\n".join(lines)
-
 
 def run_evaluation(run: Run, samples, answers: Path, gallery: Path | None = None) -> dict:
     """Held-out metrics; every answer goes to a file, and some as a picture; {} without samples."""
@@ -386,7 +342,6 @@ def run_evaluation(run: Run, samples, answers: Path, gallery: Path | None = None
         evaluate.gallery(results, samples, gallery)
     return metrics
 
-
 def report(before: dict, after: dict, directory: Path, checkpoint: Path):
     """The end of a run: held-out metrics before and after, and where everything is."""
     if after:
@@ -398,18 +353,16 @@ def report(before: dict, after: dict, directory: Path, checkpoint: Path):
         if (directory / name).exists():
             print(f"{name.split('.')[0]:12s} {directory / name}")
 
-
 # ---- What is kept ----------------------------------------------------------------------------------------------------
 
 LOGS = ("metrics", "completions")
 
-
 def prepare_output(config: Config) -> Path:
-    """Make the output directory, or refuse to mix two runs with a UsageError."""
+    """Make the output directory, or refuse to mix two runs with a DataError."""
     directory = Path(config.output_dir or f"runs/{config.task}-{config.method}")
     settings = directory / "config.json"
     if settings.exists() and not (config.resume or config.overwrite):
-        raise UsageError(f"{directory} holds another run: continue it with --resume, replace it with --overwrite, or "
+        raise data.DataError(f"{directory} holds another run: continue it with --resume, replace it with --overwrite, or "
                          "choose another --output_dir")
     try:
         if settings.exists() and config.overwrite:
@@ -417,9 +370,8 @@ def prepare_output(config: Config) -> Path:
         directory.mkdir(parents=True, exist_ok=True)
         settings.write_text(json.dumps(asdict(config), indent=2))
     except OSError as error:
-        raise UsageError(f"{directory}: cannot be written ({error.strerror}); choose another --output_dir") from None
+        raise data.DataError(f"{directory}: cannot be written ({error.strerror}); choose another --output_dir") from None
     return directory
-
 
 def open_log(path: Path, steps_done: int):
     """A log to append to, without the records of steps that a resumed run will do again."""
@@ -427,11 +379,9 @@ def open_log(path: Path, steps_done: int):
     path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= steps_done))
     return path.open("a")
 
-
 def last_checkpoint(directory: Path) -> Path | None:
     """The newest complete checkpoint of a run; unfinished ones have another name."""
     return max(directory.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), default=None)
-
 
 def save(run: Run, directory: Path, source) -> Path:
     """Write checkpoint-STEP, a Hugging Face checkpoint with the training state beside it, and drop the one before.
@@ -456,7 +406,6 @@ def save(run: Run, directory: Path, source) -> Path:
         shutil.rmtree(before)
     return final
 
-
 def load_state(run: Run, checkpoint: Path):
     """Continue where `save` left off: float32 weights, optimizer moments, step, label style."""
     state = json.loads((checkpoint / "training_state.json").read_text())
@@ -472,9 +421,7 @@ def load_state(run: Run, checkpoint: Path):
             else:  # AdamW's moments live beside the parameter, its step count on the CPU
                 run.optimizer.state[parameter][kind] = value if kind == "step" else value.to(parameter.device)
 
-
 # ---- The command line ------------------------------------------------------------------------------------------------
-
 
 def parse_command_line(argv=None) -> Config:
     """Flags from Config's fields; a flag that was not given takes the task's default, then Config's."""
@@ -498,15 +445,13 @@ def parse_command_line(argv=None) -> Config:
         parser.error("--resume continues the run in --output_dir and --overwrite deletes it: give one of them")
     return config
 
-
 def main(argv=None):
     config = parse_command_line(argv)
     try:
         train(config)
-    except (UsageError, data.DataError, model.CheckpointError) as error:
+    except (data.DataError, model.CheckpointError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
-
 
 if __name__ == "__main__":
     main()

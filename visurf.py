@@ -25,7 +25,6 @@ Shapes: the last axis of a reward or advantage tensor is the group (G rollouts, 
 
 import torch
 
-
 def visurf_advantages(rollout_rewards, label_components: dict, thinking=("thinking",), drop_thinking: bool = True,
                       smooth: bool = True) -> torch.Tensor:
     """Steps 2 to 4 in one call: rollout rewards (..., G) and the label's reward by component -> advantages (..., N).
@@ -42,7 +41,6 @@ def visurf_advantages(rollout_rewards, label_components: dict, thinking=("thinki
         reward = smooth_label_reward(rollout_rewards, reward)
     return group_advantages(inject_label(rollout_rewards, reward))
 
-
 def label_reward(components: dict, thinking=("thinking",), drop_thinking: bool = True) -> torch.Tensor:
     """Reward control 2: the label's reward is the sum of its components, but never those about reasoning.
 
@@ -58,7 +56,6 @@ def label_reward(components: dict, thinking=("thinking",), drop_thinking: bool =
     kept = [value for name, value in components.items() if not (drop_thinking and name in thinking)]
     return sum(torch.as_tensor(value, dtype=torch.float64) for value in kept)
 
-
 def smooth_label_reward(rollout_rewards, label_reward) -> torch.Tensor:
     """Reward control 3: where some rollout is at least as good as the label, the label earns the rollouts' mean.
 
@@ -73,11 +70,9 @@ def smooth_label_reward(rollout_rewards, label_reward) -> torch.Tensor:
     solved = rollout_rewards.amax(dim=-1) >= label_reward
     return torch.where(solved, rollout_rewards.mean(dim=-1), label_reward)
 
-
 def inject_label(rollout_rewards, label_reward) -> torch.Tensor:
     """Rewards (..., G) and the label's (...) -> rewards of the whole group (..., N = G + 1), the label last."""
     return torch.cat([rollout_rewards, label_reward[..., None]], dim=-1)
-
 
 def group_advantages(rewards, eps: float = 1e-6) -> torch.Tensor:
     """A_m = (r_m - mean) / (std + eps) over the last axis, the group (Eq. 6-7); std is the sample's, with n - 1.
@@ -95,7 +90,6 @@ def group_advantages(rewards, eps: float = 1e-6) -> torch.Tensor:
     advantages = centred / (rewards.std(dim=-1, keepdim=True) + eps)
     has_spread = rewards.amax(dim=-1, keepdim=True) > rewards.amin(dim=-1, keepdim=True)
     return torch.where(has_spread, advantages, 0.0)
-
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, epsilon_low: float = 0.2, epsilon_high: float = 0.2,
                 ratio: str = "token", average: str = "token", total=None) -> tuple[torch.Tensor, dict]:
@@ -133,7 +127,6 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, epsilon_low: float = 0
     stats = {"clipped": (clipped & mask).sum() / tokens, "kl": (kl * mask).sum() / tokens}
     return -masked_mean(objective, mask, average, total), stats
 
-
 def sft_loss(logprobs, mask, average: str = "token", total=None) -> torch.Tensor:
     """Cross-entropy of the labels: the negated mean log-prob of logprobs (..., T) where mask (..., T) is True.
 
@@ -143,7 +136,6 @@ def sft_loss(logprobs, mask, average: str = "token", total=None) -> torch.Tensor
     1.0397
     """
     return -masked_mean(logprobs, mask, average, total)
-
 
 def masked_mean(values, mask, average: str = "token", total=None) -> torch.Tensor:
     """Mean of values (..., T) where mask is True, over tokens, or over each sequence's tokens and then sequences.
@@ -161,7 +153,6 @@ def masked_mean(values, mask, average: str = "token", total=None) -> torch.Tenso
     lengths = mask.sum(dim=-1)
     per_sequence = values.sum(dim=-1) / lengths.clamp(min=1)
     return per_sequence.sum() / ((lengths > 0).sum().clamp(min=1) if total is None else total)
-
 
 def main():
     """Print one group step by step: four rollouts that do not all succeed, a label, and what each of them weighs."""
@@ -187,7 +178,6 @@ def main():
     smoothed = smooth_label_reward(solved, reward)
     print(f"\nrollout 2 reaches 5: label reward becomes the rollouts' mean {smoothed:.3f}")
     print(f"advantages, label last         {show(group_advantages(inject_label(solved, smoothed)))}")
-
 
 if __name__ == "__main__":
     main()

@@ -24,12 +24,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 import model
 import visurf
+from assets.shapes import COLOURS, KINDS, shapes_sample
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
            "<|image_pad|>", "<|video_pad|>"]
 # One token for each tag, word (with the space before it), JSON key, number below 100, separator, or other character.
 PIECES = r"</?\w+>|\"\w+\"| ?[A-Za-z]+|\d{1,2}|, |: |."
-LESSONS = 4  # about each picture
 PLACES = [f" {row} {column}" for row in ("top", "middle", "bottom") for column in ("left", "centre", "right")]
 
 
@@ -123,13 +123,13 @@ def differs(a: dict, b: dict) -> int:
 
 def absent_shape(scene: list[dict], rng: random.Random) -> dict:
     present = {(s["colour"], s["kind"]) for s in scene}
-    everything = [(c, k) for c in data.COLOURS for k in data.KINDS]
+    everything = [(c, k) for c in COLOURS for k in KINDS]
     colour, kind = rng.choice([pair for pair in everything if pair not in present])
     return {"colour": colour, "kind": kind}
 
 
 def vocabulary_texts() -> list[str]:
-    names = [f" {colour} {kind}" for colour in data.COLOURS for kind in data.KINDS]
+    names = [f" {colour} {kind}" for colour in COLOURS for kind in KINDS]
     places = [f"<think>the{n} is at the{p}</think>" for n in names for p in PLACES]
     rest = ["find the red", "outline the red", "list all shapes", "<think>there is no red</think>",
             '<answer>[{"bbox_2d": [1, 2], "point_2d":', "</answer>", "user", "system", "assistant",
@@ -140,8 +140,8 @@ def vocabulary_texts() -> list[str]:
 # ---- Training --------------------------------------------------------------------------------------------------------
 
 
-def scenes(processor, size: int, seed: int):
-    """Endless batches of pictures, none of which is in the task's splits, with LESSONS lessons about each.
+def scenes(processor, size: int, lessons_each: int, seed: int):
+    """Endless batches of pictures, none of which is in the task's splits, with some lessons about each.
 
     Yields the prompts up to the picture's end, and a list of (question tokens, answer tokens) for each: the lessons of
     one picture continue from the same prompt, so the picture is looked at once.
@@ -150,12 +150,12 @@ def scenes(processor, size: int, seed: int):
     while True:
         prompts, lessons = [], []
         for index in range(index, index + size):
-            sample = data.shapes_sample("train", index)
+            sample = shapes_sample("train", index)
             prompt = processor.encode(sample, data.TASKS["shapes"])
             end = prompt.ids.tolist().index(processor.tokenizer.convert_tokens_to_ids("<|vision_end|>")) + 1
             prompt.ids = prompt.ids[:end]
             prompts.append(prompt)
-            texts = [lesson(sample.scene, rng) for _ in range(LESSONS)]
+            texts = [lesson(sample.scene, rng) for _ in range(lessons_each)]
             lessons.append([(processor.token_ids(question + "<|im_end|>\n<|im_start|>assistant\n"),
                              processor.label_ids(answer)) for question, answer in texts])
         index += 1
@@ -169,8 +169,8 @@ def teach_seeing(network, tokenizer, batches, steps: int, learning_rate: float):
     shows. Without this stage the language model learns to write plausible boxes and never learns to look.
     """
     words = lambda texts: torch.tensor([tokenizer.get_vocab()[text] for text in texts])
-    colour_words, kind_words = words([f" {c}" for c in data.COLOURS]), words([f" {k}" for k in data.KINDS] + [" no"])
-    number_words, colours, kinds = words(map(str, range(49))), list(data.COLOURS), list(data.KINDS)
+    colour_words, kind_words = words([f" {c}" for c in COLOURS]), words([f" {k}" for k in KINDS] + [" no"])
+    number_words, colours, kinds = words(map(str, range(49))), list(COLOURS), list(KINDS)
     to_box = torch.nn.Linear(128, 4 * 128)  # thrown away afterwards
 
     def loss(prompts, lessons):
@@ -240,9 +240,8 @@ def optimize(parameters, loss_function, batches, steps: int, learning_rate: floa
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "tiny-qwen2-vl")
-    parser.add_argument("--seeing_steps", type=int, default=1000)
-    parser.add_argument("--answering_steps", type=int, default=2000)
-    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--seeing_steps", type=int, default=4500)
+    parser.add_argument("--answering_steps", type=int, default=4000)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     config = parser.parse_args()
@@ -253,9 +252,9 @@ def main():
     network = model.QwenVL(model.read_config(config.output))
     torch.nn.init.normal_(network.head_weight, std=0.02)  # PyTorch's default, 1, is too large for tied embeddings
     processor = data.Processor.from_pretrained(config.output)
-    batches = scenes(processor, config.batch_size, config.seed)
-    teach_seeing(network, processor.tokenizer, batches, config.seeing_steps, config.learning_rate)
-    teach_answering(network, batches, config.answering_steps, config.learning_rate)
+    teach_seeing(network, processor.tokenizer, scenes(processor, 32, 0, config.seed), config.seeing_steps,
+                 config.learning_rate)
+    teach_answering(network, scenes(processor, 8, 4, config.seed + 1), config.answering_steps, config.learning_rate)
     model.save_pretrained(network, config.output, config.output)
     print(f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters in {config.output}")
 

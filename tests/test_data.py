@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import data
+from assets.shapes import COLOURS, shapes_sample
 from data import GROUNDING, SHAPES, DataError, LabelStyle, Processor, label_text, load_samples, move_objects
 from rewards import parse_answer
 
@@ -146,6 +147,17 @@ def test_move_objects_scales_each_axis_by_its_own_factor_and_leaves_its_input_al
     assert json.dumps(objects) == before
     rounded = move_objects(objects, (100, 80), (33, 33), round_to_int=True)
     assert all(type(value) is int for found in rounded for numbers in found.values() for value in numbers)
+
+
+def test_a_box_that_rounds_to_nothing_stays_one_unit_wide_and_high_inside_its_frame(qwen2):
+    """Else the label would be a box without area, which earns nothing and teaches the policy to write such."""
+    thin = [{"bbox_2d": [10.2, 0, 10.4, 80], "point_2d": [10.3, 40]}, {"bbox_2d": [99.8, 79.9, 100, 80]}]
+    assert move_objects(thin, (100, 80), (100, 80), round_to_int=True) == [
+        {"bbox_2d": [10, 0, 11, 80], "point_2d": [10, 40]}, {"bbox_2d": [99, 79, 100, 80]}]
+    assert move_objects(thin[:1], (100, 80), (100, 80)) == thin[:1], "not rounded, not changed"
+    image = Image.new("RGB", (9000, 6000))
+    example = qwen2.encode(data.Sample("", "cat", image, [{"bbox_2d": [8999, 5999, 9000, 6000]}]), GROUNDING)
+    assert example.frame == (1000, 1000) and example.objects == [{"bbox_2d": [999, 999, 1000, 1000]}]
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
@@ -427,21 +439,21 @@ MISTAKES = {
     "the question ('problem') is empty": train_row(problem=" \n"),
     "the question ('problem') is empty ": train_row(problem=7),
     "control token": train_row(problem="a cat <|image_pad|>?"),
-    "nowhere.png does not exist": train_row(image="nowhere.png"),
-    "does not exist": train_row(image=""),
-    "the image None does not exist": train_row(image={"bytes": None, "path": None}),
-    "unreadable image": train_row(image="rows.jsonl"),
+    "nowhere.png": train_row(image="nowhere.png"),
+    "unreadable image": train_row(image=""),
+    "unreadable image ": train_row(image={"bytes": None, "path": None}),
+    "unreadable image  ": train_row(image="rows.jsonl"),
     "not JSON  ": train_row(solution="[{'bbox_2d': [1, 2, 3, 4]}]"),
     "not JSON   ": train_row(solution="[" * 100_000),
     "the label is not a list": train_row(solution='{"bbox_2d": [1, 2, 3, 4]}'),
-    "bbox_2d is not a list of four": train_row(solution="[7]"),
-    "bbox_2d is not a list of four ": train_row(solution='[{"point_2d": [1, 2]}]'),
-    "bbox_2d is not a list of four  ": train_row(solution='[{"bbox_2d": [1, 2, 3]}]'),
-    "bbox_2d is not a list of four   ": train_row(solution='[{"bbox_2d": [1, 2, 3, NaN]}]'),
-    "bbox_2d is not a list of four    ": train_row(solution='[{"bbox_2d": [1, 2, 3, Infinity]}]'),
-    "bbox_2d is not a list of four     ": train_row(solution='[{"bbox_2d": [1, 2, 3, "4"]}]'),
-    "bbox_2d is not a list of four      ": {"text": "cat", "image": "image.png", "bbox": [[1, 2, 3]]},
-    "point_2d is not a list of two": train_row(solution='[{"bbox_2d": [1, 2, 3, 4], "point_2d": [1]}]'),
+    "bbox_2d is not a list of 4": train_row(solution="[7]"),
+    "bbox_2d is not a list of 4 ": train_row(solution='[{"point_2d": [1, 2]}]'),
+    "bbox_2d is not a list of 4  ": train_row(solution='[{"bbox_2d": [1, 2, 3]}]'),
+    "bbox_2d is not a list of 4   ": train_row(solution='[{"bbox_2d": [1, 2, 3, NaN]}]'),
+    "bbox_2d is not a list of 4    ": train_row(solution='[{"bbox_2d": [1, 2, 3, Infinity]}]'),
+    "bbox_2d is not a list of 4     ": train_row(solution='[{"bbox_2d": [1, 2, 3, "4"]}]'),
+    "bbox_2d is not a list of 4      ": {"text": "cat", "image": "image.png", "bbox": [[1, 2, 3]]},
+    "point_2d is not a list of 2": train_row(solution='[{"bbox_2d": [1, 2, 3, 4], "point_2d": [1]}]'),
     "inside out": train_row(solution='[{"bbox_2d": [30, 20, 10, 40]}]'),
     "inside out ": {"text": "cat", "image": "image.png", "bbox": [10, 40, 30, 40]},
     "outside its image of 100 x 80": train_row(solution='[{"bbox_2d": [10, 80, 20, 90]}]'),
@@ -531,10 +543,18 @@ def shapes():
 
 
 def test_pictures_are_the_same_every_time_and_disjoint_between_splits(shapes):
-    again = data.shapes_sample("train", 17)
+    again = shapes_sample("train", 17)
     assert same(again, shapes[17]) and again.scene == shapes[17].scene
     pictures = [s.image.tobytes() for split in data.SPLITS for s in load_samples(None, SHAPES, split, limit=200)]
     assert len(set(pictures)) == 600
+
+
+def test_the_built_in_splits_have_an_end_and_a_limit_is_at_least_one_sample():
+    assert len(load_samples("builtin", SHAPES, "test", limit=501)) == len(load_samples(None, SHAPES, "test")) == 500
+    assert len(load_samples("builtin", SHAPES, limit=1)) == 1
+    for limit in (0, -1):
+        with pytest.raises(DataError, match=f"limit is {limit}"):
+            load_samples("builtin", SHAPES, limit=limit)
 
 
 def test_boxes_are_tight_around_the_pixels_drawn(shapes):
@@ -553,7 +573,7 @@ def test_boxes_are_tight_around_the_pixels_drawn(shapes):
             x, y = shape["point_2d"]
             assert saturation[y, x] > 75, "the point is on the shape"
             colour = np.median(picture[y1:y2, x1:x2][drawn], axis=0)
-            assert min(data.COLOURS, key=lambda name: np.abs(colour - data.COLOURS[name]).sum()) == shape["colour"]
+            assert min(COLOURS, key=lambda name: np.abs(colour - COLOURS[name]).sum()) == shape["colour"]
             share = {"square": 1, "circle": 0.79, "triangle": 0.5, "cross": 0.56}[shape["kind"]]
             assert abs(drawn.mean() - share) < 0.1
             assert not explained[y1:y2, x1:x2].any(), "boxes do not overlap"

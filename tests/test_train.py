@@ -42,7 +42,7 @@ def start(tmp_path, *flags):
     task = data.TASKS["shapes"]
     processor, network = data.Processor.from_pretrained(TINY), model.load_pretrained(TINY)
     examples = [processor.encode(sample, task) for sample in data.load_samples("builtin", task, limit=config.batch_size)]
-    return train.Run(config, task, processor, network, train.make_optimizer(network, config), data.LabelStyle(task)), examples
+    return train.make_run(config, task, processor, network), examples
 
 
 def answer_with(monkeypatch, run_, write):
