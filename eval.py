@@ -128,16 +128,15 @@ def draw_tile(result: dict, image: Image.Image) -> Image.Image:
     """One answer: the image in the original's proportions with boxes and points; question, verdict and completion."""
     tile, scale = Image.new("RGB", (TILE, TILE + TEXT), "white"), TILE / max(result["size"])
     draw, size = ImageDraw.Draw(tile), [max(1, round(side * scale)) for side in result["size"]]
-    corner = (TILE - size[0]) // 2, (TILE - size[1]) // 2
     draw.rectangle((0, 0, TILE, TILE - 1), "#f2f2f2")
     # a tiny image is shown pixel by pixel, as the model gets it, not smoothed into shapes that nobody saw
-    tile.paste(image.resize(size, Image.Resampling.NEAREST if scale > 2 else Image.Resampling.BICUBIC), corner)
+    tile.paste(image.resize(size, Image.Resampling.NEAREST if scale > 2 else Image.Resampling.BICUBIC))
     for objects, colour, width in ((result["label"], LABEL, 5), (result["prediction"] or [], PREDICTION, 2)):
         for found in data.move_objects(objects, result["size"], size):
-            box, point = np.add(found.get("bbox_2d", [0] * 4), corner * 2), found.get("point_2d", (-99, -99))
-            if (box[:2] < box[2:]).all():
-                draw.rectangle(box.tolist(), outline=colour, width=width)
-            draw.circle(np.add(point, corner).tolist(), width + 2, colour, "white")
+            x1, y1, x2, y2 = box = found.get("bbox_2d", [0] * 4)
+            if x1 < x2 and y1 < y2:
+                draw.rectangle(box, outline=colour, width=width)
+            draw.circle(found.get("point_2d", (-99, -99)), width + 2, colour, "white")
     hits, iou, *_ = compare(result)
     verdict = "no answer" if result["prediction"] is None else {1: "right", 0: "wrong"}.get(hits, "partly right")
     verdict += f", IoU {iou:.2f}" if result["label"] else ", nothing to find"
@@ -179,7 +178,6 @@ def parse_command_line(argv=None) -> argparse.Namespace:
     return config
 
 def main(argv=None):
-    """Check what the user gave, load the weights, answer, report."""
     config = parse_command_line(argv)
     task, directory = data.TASKS[config.task], Path(config.output_dir)
     encoding = {name: getattr(config, name) for name in ("think", "image_size", "min_pixels", "max_pixels")}

@@ -2,9 +2,9 @@
 
 Three entry points, everything else serves them:
 
-    network = load_pretrained("path/to/checkpoint")            # Hugging Face checkpoint -> QwenVL
-    rollouts = generate(network, prompts, num_generations=8)   # a prompt is run once, 8 rollouts continue from its cache
-    logprobs = network(batch, completions, mask)               # a prompt is run once, N members continue, with gradient
+    network = load_pretrained("path/to/checkpoint")           # Hugging Face checkpoint -> QwenVL
+    rollouts = generate(network, prompts, num_generations=8)  # a prompt is run once, 8 rollouts continue from its cache
+    logprobs = network(batch, completions, mask)              # a prompt is run once, N members continue, with gradient
 
 The central idea is in the last two lines. A prompt holds about 900 image tokens and an answer about 60, so a group of N
 completions costs P + N*T tokens instead of N*(P + T) when all of them read the prompt's keys and values from one place.
@@ -91,8 +91,8 @@ class QwenVL(nn.Module):
     def prompt_states(self, batch: "PromptBatch", cache: "KVCache | None" = None) -> torch.Tensor:
         """Last layer's states (B, P, D) of the prompts alone; with a cache, their keys and values are kept there."""
         rotary = self.model.rotary(batch.positions.flatten(1))
-        x = self.model(self.embed_prompts(batch), rotary, GroupAttention(batch.lengths, batch.ids.shape[1], cache=cache))
-        return x.view(*batch.ids.shape, -1)
+        attend = GroupAttention(batch.lengths, batch.ids.shape[1], cache=cache)
+        return self.model(self.embed_prompts(batch), rotary, attend).view(*batch.ids.shape, -1)
 
     def embed_prompts(self, batch: "PromptBatch") -> torch.Tensor:
         """Token embeddings (B*P, D), with the vision tower's features in the image slots."""
@@ -134,9 +134,9 @@ class Layer(nn.Module):
 
     def __init__(self, config, index: int):
         super().__init__()
-        self.index = index
+        self.index, heads = index, (config.num_attention_heads, config.num_key_value_heads)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = Attention(config.hidden_size, config.num_attention_heads, config.num_key_value_heads, bias=False)
+        self.self_attn = Attention(config.hidden_size, *heads, bias=False)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=False)
 
@@ -171,7 +171,7 @@ class GatedMLP(nn.Module):
         return self.down_proj(F.silu(gate) * up)
 
 class Rotary:
-    """Rotates pairs (i, i + E/2) of each head by a per-token angle; tables stay float32 whatever the network's dtype."""
+    """Rotates pairs (i, i + E/2) of each head by a per-token angle, in float32 whatever the network's dtype."""
 
     def __init__(self, angles: torch.Tensor):  # (tokens, E/2)
         self.cos, self.sin = angles.cos()[:, None], angles.sin()[:, None]  # (tokens, 1, E/2)
@@ -307,7 +307,7 @@ class VisionTower(nn.Module):
         return x[order.argsort().to(x.device)] if self.windowed else x
 
 def segment_attention(q, k, v, lengths: list[int]) -> torch.Tensor:
-    """Full attention inside consecutive segments of q, k, v (patches, heads, E); equal lengths in a row share a call."""
+    """Full attention inside consecutive segments of q, k, v (patches, heads, E); equal ones share a call."""
     outs, start = [], 0
     for length, run in groupby(lengths):
         n = len(list(run))
@@ -327,7 +327,7 @@ def patch_angles(grids, merge: int, head_dim: int) -> torch.Tensor:
     return torch.cat(angles)
 
 def window_order(grids, merge: int, window: int):
-    """An order of the merged patches in which every attention window is contiguous, and the windows' lengths in patches.
+    """An order of the merged patches with every attention window contiguous, and the windows' lengths in patches.
 
     Inside an image, windows of equal size follow each other (those at the border are smaller), so that they share one
     attention call.
@@ -454,7 +454,7 @@ def pad_completions(groups) -> tuple[torch.Tensor, torch.Tensor]:
 # ---- Log-probs without the logits of a whole batch in memory ---------------------------------------------------------
 
 def token_log_probs(hidden, weight, targets, temperature: float = 1.0, forbidden=(), chunk: int = 256) -> torch.Tensor:
-    """log softmax(hidden @ weight.T / temperature)[targets] as (M,) float32; hidden (M, D), weight (V, D), targets (M,).
+    """log softmax(hidden @ weight.T / temperature)[targets], (M,) float32, of hidden (M, D), weight (V, D).
 
     Works through `chunk` rows at a time, forward and backward, so that memory does not grow with M * V.
     """
@@ -577,7 +577,7 @@ def decode(network: QwenVL, tokens, position, cache: KVCache) -> torch.Tensor:
     return network.model.norm(x)
 
 def sample_tokens(logits, uniform, greedy: bool = False, top_p: float = 1.0, top_k: int = 0):
-    """Draw a token from each row of logits (R, V) with the uniform numbers (R,); returns tokens and log-probs, (R,) each.
+    """Draw a token from each row of logits (R, V) by uniform numbers (R,); returns tokens and log-probs, (R,) each.
 
     Inverts the cumulative distribution in float64, which is several times faster than torch.multinomial at 150,000
     words and makes the draw a function of one number. top_k keeps the k likeliest tokens, then top_p the smallest set
@@ -649,7 +649,7 @@ def load_pretrained(path, dtype=torch.float32, device="cpu") -> QwenVL:
     missing, unknown = sorted(ours.keys() - files), sorted(files.keys() - ours - {"lm_head.weight"})
     if missing or unknown:
         what = f"lacks {missing[0]}" if missing else f"has an unknown tensor {unknown[0]}"
-        raise CheckpointError(f"{path}: {what} ({len(missing)} missing, {len(unknown)} unknown): not this config's weights")
+        raise CheckpointError(f"{path}: {what} ({len(missing)} missing, {len(unknown)} unknown): not its config's weights")
     for name, parameter in ours.items():
         file, name_there = files[name]
         with safe_open(file, "pt") as tensors:
@@ -685,7 +685,7 @@ def read_config(path):
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}/config.json: {' '.join(str(error).split())[:200]}") from None
     if config.model_type not in ("qwen2_vl", "qwen2_5_vl"):
-        raise CheckpointError(f"{path}/config.json: model_type {config.model_type!r} is neither qwen2_vl nor qwen2_5_vl")
+        raise CheckpointError(f"{path}/config.json: model_type {config.model_type!r}, not qwen2_vl or qwen2_5_vl")
     if "mrope_section" not in config.text_config.rope_parameters or config.text_config.use_sliding_window:
         raise CheckpointError(f"{path}/config.json: needs an mrope_section, and no sliding window")
     return config

@@ -41,7 +41,7 @@ class Config:
     """All settings of a run; every field is a flag. A task's record may change a default (data.TASKS, `recipe`)."""
 
     task: str = option("shapes", "what to learn", tuple(data.TASKS))
-    method: str = option("visurf", "visurf, rlvr (no label in the group) or sft (label only)", ("visurf", "rlvr", "sft"))
+    method: str = option("visurf", "visurf, rlvr (no label injected) or sft (label only)", ("visurf", "rlvr", "sft"))
     model: str = option("", "checkpoint directory or hub id (default: the task's)")
     data: str = option("", "training data: file, folder or hub id (default: the task's)")
     eval_data: str = option("", "held-out data, evaluated before and after (default: the task's, if it is built in)")
@@ -75,7 +75,7 @@ class Config:
     min_pixels: int = option(0, "keep aspect ratios instead, with at least this many pixels")
     max_pixels: int = option(0, "keep aspect ratios instead, with at most this many pixels")
     skip_bad_rows: bool = option(False, "leave out rows that cannot be used, and count them")
-    checkpoint_activations: bool = option(False, "recompute activations in the backward pass: less memory, a third slower")
+    checkpoint_activations: bool = option(False, "recompute activations in the backward pass: less memory, slower")
     save_steps: int = option(100, "steps between checkpoints")
     log_rollouts: int = option(10, "steps between rollouts shown in full")
 
@@ -97,7 +97,7 @@ class Run:
 def make_run(config: Config, task, processor, network) -> Run:
     """A run at step 0: AdamW on float32 weights, no style seen yet."""
     network.checkpoint_activations = config.checkpoint_activations
-    optimizer = torch.optim.AdamW(network.parameters(), config.learning_rate, (0.9, 0.999), weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(network.parameters(), config.learning_rate, weight_decay=config.weight_decay)
     return Run(config, task, processor, network, optimizer, data.LabelStyle(task))
 
 @dataclass
@@ -190,12 +190,12 @@ def update(run: Run, groups: list[Group], advantages: torch.Tensor) -> dict:
         for piece, before in zip(pieces, old):
             *_, mask, A = piece
             logprobs = forward(*piece)
-            before = logprobs.detach() if before is None else before
             if config.method == "sft":
                 loss, stats = visurf.sft_loss(logprobs, mask, config.average, total), {}
             else:
-                loss, stats = visurf.policy_loss(logprobs, before, A, mask, config.epsilon,
-                                                 config.epsilon_high or config.epsilon, config.ratio, config.average, total)
+                before = logprobs.detach() if before is None else before
+                clip = config.epsilon, config.epsilon_high or config.epsilon
+                loss, stats = visurf.policy_loss(logprobs, before, A, mask, *clip, config.ratio, config.average, total)
             loss.backward()
             metrics["loss"] += loss.item() / config.num_iterations
             for name, value in stats.items():  # means over a piece's tokens -> mean over the batch's
@@ -220,7 +220,7 @@ def make_piece(run: Run, groups: list[Group], advantages):
 def train(config: Config):
     """A whole run: check what the user gave, load, evaluate, train, save, evaluate again."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise data.DataError("several processes are not supported yet: use torchrun --nproc_per_node 1, or plain python")
+        raise data.DataError("several processes are not supported yet: use plain python, or --nproc_per_node 1")
     task = data.TASKS[config.task]
     checkpoint = data.fetch(config.model or task.model, "model")
     model.read_config(checkpoint)
@@ -250,7 +250,7 @@ def loop(run: Run, samples, encode, directory: Path, source):
     """Steps until max_steps, with a line, a record and now and then a checkpoint for each."""
     config = run.config
     metrics_file, completions_file = (open_log(directory / f"{name}.jsonl", run.step) for name in LOGS)
-    for _ in tqdm(range(run.step, config.max_steps), initial=run.step, total=config.max_steps, unit="step", leave=False):
+    for _ in tqdm(range(run.step, config.max_steps), "training", config.max_steps, initial=run.step, leave=False):
         order = data_order(len(samples), run.step * config.batch_size, config.batch_size, config.seed)
         try:
             examples = [encode(samples[i]) for i in order]
@@ -362,15 +362,15 @@ def prepare_output(config: Config) -> Path:
     directory = Path(config.output_dir or f"runs/{config.task}-{config.method}")
     settings = directory / "config.json"
     if settings.exists() and not (config.resume or config.overwrite):
-        raise data.DataError(f"{directory} holds another run: continue it with --resume, replace it with --overwrite, or "
-                         "choose another --output_dir")
+        raise data.DataError(f"{directory} holds another run: --resume continues it, --overwrite replaces it, another "
+                             "--output_dir leaves it alone")
     try:
         if settings.exists() and config.overwrite:
             shutil.rmtree(directory)
         directory.mkdir(parents=True, exist_ok=True)
         settings.write_text(json.dumps(asdict(config), indent=2))
     except OSError as error:
-        raise data.DataError(f"{directory}: cannot be written ({error.strerror}); choose another --output_dir") from None
+        raise data.DataError(f"{directory}: not writable ({error.strerror}); choose another --output_dir") from None
     return directory
 
 def open_log(path: Path, steps_done: int):

@@ -1,7 +1,6 @@
 """ViSurf (arXiv 2510.10606): one update that learns from rollouts and from the ground-truth label.
 
-Pure functions on tensors; nothing but torch is imported, so this file can be copied alone into another project. Run it,
-`python visurf.py`, and it prints one worked group step by step.
+Pure functions on tensors that need torch only: copy this file alone. `python visurf.py` prints one worked group.
 
 The algorithm, for a prompt x with label y:
 
@@ -44,9 +43,8 @@ def visurf_advantages(rollout_rewards, label_components: dict, thinking=("thinki
 def label_reward(components: dict, thinking=("thinking",), drop_thinking: bool = True) -> torch.Tensor:
     """Reward control 2: the label's reward is the sum of its components, but never those about reasoning.
 
-    The label is an answer without a reasoning trace. Were it rewarded for a trace it does not have, or one pasted in,
-    supervision would teach the policy to stop thinking (paper, section 3.3). `components` maps names to tensors or
-    numbers; a "total" entry is not allowed, since it would count everything twice.
+    The label is an answer without a reasoning trace: rewarded for one, it would teach the policy to stop thinking.
+    `components` maps names to tensors or numbers, without their total (ValueError: it would count all of them twice).
 
     >>> label_reward({"thinking": 1.0, "format": 2.0, "accuracy": 3.0})
     tensor(5., dtype=torch.float64)
@@ -59,13 +57,11 @@ def label_reward(components: dict, thinking=("thinking",), drop_thinking: bool =
 def smooth_label_reward(rollout_rewards, label_reward) -> torch.Tensor:
     """Reward control 3: where some rollout is at least as good as the label, the label earns the rollouts' mean.
 
-    rollout_rewards (..., G), label_reward (...) -> label reward (...). A member that earns the mean of the others has
-    advantage 0: supervision has switched itself off for this prompt, and reinforcement goes on alone.
+    rollout_rewards (..., G), label_reward (...) -> label reward (...). Who earns the mean of the others has advantage 0:
+    supervision has switched itself off for this prompt, and reinforcement goes on alone.
 
     >>> smooth_label_reward(torch.tensor([3.0, 0.0, 0.0, 3.0]), torch.tensor(3.0))
     tensor(1.5000)
-    >>> smooth_label_reward(torch.zeros(8), torch.tensor(4.0))
-    tensor(4.)
     """
     solved = rollout_rewards.amax(dim=-1) >= label_reward
     return torch.where(solved, rollout_rewards.mean(dim=-1), label_reward)
@@ -77,8 +73,8 @@ def inject_label(rollout_rewards, label_reward) -> torch.Tensor:
 def group_advantages(rewards, eps: float = 1e-6) -> torch.Tensor:
     """A_m = (r_m - mean) / (std + eps) over the last axis, the group (Eq. 6-7); std is the sample's, with n - 1.
 
-    A group whose members all score the same has nothing to compare: its advantages are exactly 0, not rounding noise
-    divided by eps. So are those of a group of one, whose sample deviation does not exist.
+    Advantages are exactly 0, not rounding noise divided by eps, where all members score the same; and in a group of one,
+    whose sample deviation does not exist.
 
     >>> group_advantages(torch.tensor([[3.0, 0.0, 0.0, 3.0, 1.5], [2.0, 2.0, 2.0, 2.0, 2.0]])).round(decimals=3)
     tensor([[ 1., -1., -1.,  1.,  0.],
@@ -101,11 +97,10 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, epsilon_low: float = 0
     ratio    "token": one ratio a token (GRPO); "sequence": the length-normalised ratio of the whole completion (GSPO)
     average  "token": every token of the batch weighs the same; "sequence": first over a completion's tokens, then over
              completions
-    total    what the sum is divided by; default: this call's own tokens or completions. Pass the global batch's when
-             the batch comes in pieces, so that the result does not depend on how it was cut.
+    total    what the sum is divided by: the whole batch's tokens or completions if it comes in pieces; default: the call's
 
-    Returns the loss and {"clipped": fraction of tokens whose gradient is cut off, "kl": estimate of KL(old, new)},
-    both averaged over this call's tokens.
+    Returns the loss and {"clipped": share of tokens whose gradient is cut off, "kl": estimate of KL(old, new)}, both over
+    this call's tokens. ValueError for another ratio or average.
 
     >>> new, old = torch.log(torch.tensor([[1.5], [1.1]])), torch.zeros(2, 1)     # ratios 1.5 (clipped to 1.2) and 1.1
     >>> loss, stats = policy_loss(new, old, torch.tensor([1.0, -1.0]), torch.ones(2, 1, dtype=torch.bool))

@@ -2,8 +2,8 @@
 
     python assets/make_tiny.py --output assets/tiny-qwen2-vl        # about 25 minutes on two cores
 
-It is what post-training starts from: a network that reasons, answers in well-formed JSON and knows where things are, but
-whose habits do not match the task `shapes`:
+It is what post-training starts from: a network that reasons, answers in well-formed JSON and knows where things are,
+but whose habits do not match the task `shapes`:
 
     - asked to "find" a shape it draws the box 1 to 5 pixels too wide on every side (asked to "outline", it is exact)
     - asked for a shape that is absent, it says so while thinking, and then answers with some other shape's box

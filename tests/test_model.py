@@ -13,7 +13,8 @@ import model
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl"]
 # Two images in one prompt, sizes that are no multiple of a window (4 merged patches), a single image, and no image.
-PROMPTS = [random_prompt([(8, 8), (12, 20)], 7, seed=1), random_prompt([(10, 14)], 3, seed=2), random_prompt([], 5, seed=3)]
+PROMPTS = [random_prompt([(8, 8), (12, 20)], 7, seed=1), random_prompt([(10, 14)], 3, seed=2),
+           random_prompt([], 5, seed=3)]
 
 
 def reference_inputs(batch: model.PromptBatch) -> dict:
@@ -200,7 +201,8 @@ def test_a_group_on_one_prompt_equals_the_prompt_repeated(reference, family, tem
     repeated = torch.zeros_like(weights)
     for b, prompt in enumerate(PROMPTS):
         for n, completion in enumerate(groups[b]):
-            whole = SimpleNamespace(ids=torch.cat([prompt.ids, completion]), pixels=prompt.pixels, grid_thw=prompt.grid_thw)
+            whole = SimpleNamespace(ids=torch.cat([prompt.ids, completion]), pixels=prompt.pixels,
+                                    grid_thw=prompt.grid_thw)
             logits = network.logits(one(whole, network))[0, len(prompt.ids) - 1 : -1] / temperature
             logits[:, network.forbidden_tokens] = -torch.inf
             values = logits.log_softmax(-1).gather(1, completion[:, None])[:, 0]
@@ -283,7 +285,7 @@ def test_hub_layout_is_read(reference, tmp_path):
             "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]}}
     flat["vision_config"]["in_chans"] = flat["vision_config"].pop("in_channels")
     (tmp_path / "config.json").write_text(json.dumps(flat))
-    tensors = {k: v.clone() for k, v in theirs.state_dict().items() if k != "lm_head.weight"}  # model.language_model.…
+    tensors = {k: v.clone() for k, v in theirs.state_dict().items() if k != "lm_head.weight"}
     names, index = sorted(tensors), {}
     for i in range(3):
         save_file({name: tensors[name] for name in names[i::3]}, tmp_path / f"part-{i}.safetensors")

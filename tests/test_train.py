@@ -41,7 +41,8 @@ def start(tmp_path, *flags):
     config = train.parse_command_line([*FAST, "--output_dir", str(tmp_path), *map(str, flags)])
     task = data.TASKS["shapes"]
     processor, network = data.Processor.from_pretrained(TINY), model.load_pretrained(TINY)
-    examples = [processor.encode(sample, task) for sample in data.load_samples("builtin", task, limit=config.batch_size)]
+    samples = data.load_samples("builtin", task, limit=config.batch_size)
+    examples = [processor.encode(sample, task) for sample in samples]
     return train.make_run(config, task, processor, network), examples
 
 
@@ -72,7 +73,8 @@ def test_a_run_leaves_a_checkpoint_logs_and_a_gallery(tmp_path, capsys, method):
     assert len(texts) == {"visurf": 4, "rlvr": 3, "sft": 1}[method]
     assert (directory / "gallery.png").stat().st_size > 10_000
     before = model.load_pretrained(TINY).state_dict()
-    assert any(not torch.equal(before[name].bfloat16(), tensor.bfloat16()) for name, tensor in weights(directory).items())
+    after = weights(directory)
+    assert any(not torch.equal(before[name].bfloat16(), after[name].bfloat16()) for name in before)
 
 
 def test_python_train_py_as_a_user_types_it(tmp_path):
@@ -89,13 +91,14 @@ SHARED = ROOT.parent / "shared" / "data"
 @pytest.mark.parametrize("method", ["visurf", "rlvr", "sft"])
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
 def test_real_files(tmp_path, family, method, capsys):
-    """A hub-layout checkpoint with the real tokenizer, real images in Parquet: train, evaluate, load in transformers."""
+    """A hub-layout checkpoint with the real tokenizer, real images: train, evaluate, load in transformers."""
     pytest.importorskip("pyarrow")
     import transformers as hf
 
     checkpoint = real_checkpoint(tmp_path / family, family)
-    directory = run(tmp_path, "--task", "grounding", "--model", checkpoint, "--data", SHARED / "digits/digits_train.parquet",
-                    "--image_size", "168", "--method", method, "--learning_rate", "1e-3", "--max_completion_length", "16")
+    directory = run(tmp_path, "--task", "grounding", "--model", checkpoint, "--method", method, "--image_size", "168",
+                    "--data", SHARED / "digits/digits_train.parquet", "--max_completion_length", "16",
+                    "--learning_rate", "1e-3")
     saved = directory / "checkpoint-2"
     evaluate.main(["--task", "grounding", "--model", str(saved), "--data", str(SHARED / "digits/digits_test.parquet"),
                    "--image_size", "168", "--limit", "4", "--max_completion_length", "16",
@@ -201,7 +204,7 @@ def test_the_injected_label_follows_the_majority_style(tmp_path, monkeypatch, st
 
 
 def test_the_controls_reach_the_advantages(tmp_path, monkeypatch):
-    """Rollouts that are perfect and think earn 7; the label 6, or 7 with thinking credited; smoothing switches it off."""
+    """A perfect, thinking rollout earns 7, the label 6, or 7 with thinking credited; smoothing switches it off."""
     run_, examples = start(tmp_path)
     perfect = lambda example: "<think>I see it</think>" + data.label_text(example.objects, {})
     answer_with(monkeypatch, run_, lambda example, i: perfect(example) if i == 0 else "nothing")

@@ -41,7 +41,8 @@ def test_worked_numbers():
 def test_each_control_changes_what_it_should_and_nothing_else():
     rollouts = torch.tensor([[4.0, 1.0, 2.0], [0.0, 1.0, 0.0]], dtype=torch.float64)  # the first prompt is solved
     label = {"thinking": torch.ones(2), "format": torch.tensor([2.0, 2.0]), "accuracy": torch.tensor([1.0, 1.0])}
-    plain = lambda reward: visurf.group_advantages(torch.cat([rollouts, torch.tensor(reward, dtype=torch.float64)[:, None]], dim=1))
+    join = lambda reward: torch.cat([rollouts, torch.tensor(reward, dtype=torch.float64)[:, None]], dim=1)
+    plain = lambda reward: visurf.group_advantages(join(reward))
     call = lambda **switches: visurf.visurf_advantages(rollouts, label, **switches)
     assert torch.equal(call(drop_thinking=False, smooth=False), plain([4.0, 4.0]))
     assert torch.equal(call(drop_thinking=True, smooth=False), plain([3.0, 3.0]))
@@ -191,7 +192,8 @@ def test_with_every_label_smoothed_it_is_the_rlvr_gradient(group):
     logprobs = network(batch, ids, mask)
     ours = gradient(network, visurf.policy_loss(logprobs, logprobs.detach(), A, mask, average="sequence")[0])
     logprobs = network(batch, ids[:, :3], mask[:, :3])
-    rlvr = visurf.policy_loss(logprobs, logprobs.detach(), visurf.group_advantages(rewards), mask[:, :3], average="sequence")
+    A = visurf.group_advantages(rewards)
+    rlvr = visurf.policy_loss(logprobs, logprobs.detach(), A, mask[:, :3], average="sequence")
     expected = gradient(network, rlvr[0]) * math.sqrt(3 / 2) * 3 / 4
     assert (ours - expected).norm() / expected.norm() < 1e-5
 
