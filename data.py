@@ -187,6 +187,7 @@ def _read_row(row: dict | bytes, file: Path, where: str) -> tuple[Sample, int]:
     _require(not re.search(r"<\|.*?\|>", question), f"the question contains a control token: {question[:80]!r}")
     if isinstance(image, dict):          # Hugging Face's image struct: bytes, or else a path
         image = image.get("bytes") or image.get("path")
+    _require(isinstance(image, (bytes, str)), "the image is empty")
     image = file.parent / image if isinstance(image, str) else image
     stored, size = image_size(image), (row.get("img_width"), row.get("img_height"))
     size = size if all(size) else None

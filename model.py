@@ -649,7 +649,7 @@ def load_pretrained(path, dtype=torch.float32, device="cpu") -> QwenVL:
     missing, unknown = sorted(ours.keys() - files), sorted(files.keys() - ours - {"lm_head.weight"})
     if missing or unknown:
         what = f"lacks {missing[0]}" if missing else f"has an unknown tensor {unknown[0]}"
-        raise CheckpointError(f"{path}: {what} ({len(missing)} missing, {len(unknown)} unknown): not its config's weights")
+        raise CheckpointError(f"{path}: {what} ({len(missing)} missing, {len(unknown)} unknown): other weights")
     for name, parameter in ours.items():
         file, name_there = files[name]
         with safe_open(file, "pt") as tensors:

@@ -57,7 +57,7 @@ def label_reward(components: dict, thinking=("thinking",), drop_thinking: bool =
 def smooth_label_reward(rollout_rewards, label_reward) -> torch.Tensor:
     """Reward control 3: where some rollout is at least as good as the label, the label earns the rollouts' mean.
 
-    rollout_rewards (..., G), label_reward (...) -> label reward (...). Who earns the mean of the others has advantage 0:
+    rollout_rewards (..., G), label_reward (...) -> label reward (...). Who earns the others' mean has advantage 0:
     supervision has switched itself off for this prompt, and reinforcement goes on alone.
 
     >>> smooth_label_reward(torch.tensor([3.0, 0.0, 0.0, 3.0]), torch.tensor(3.0))
@@ -73,8 +73,8 @@ def inject_label(rollout_rewards, label_reward) -> torch.Tensor:
 def group_advantages(rewards, eps: float = 1e-6) -> torch.Tensor:
     """A_m = (r_m - mean) / (std + eps) over the last axis, the group (Eq. 6-7); std is the sample's, with n - 1.
 
-    Advantages are exactly 0, not rounding noise divided by eps, where all members score the same; and in a group of one,
-    whose sample deviation does not exist.
+    Advantages are exactly 0, not rounding noise divided by eps, where all members score the same; so they are in a
+    group of one, whose sample deviation does not exist.
 
     >>> group_advantages(torch.tensor([[3.0, 0.0, 0.0, 3.0, 1.5], [2.0, 2.0, 2.0, 2.0, 2.0]])).round(decimals=3)
     tensor([[ 1., -1., -1.,  1.,  0.],
@@ -97,10 +97,10 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, epsilon_low: float = 0
     ratio    "token": one ratio a token (GRPO); "sequence": the length-normalised ratio of the whole completion (GSPO)
     average  "token": every token of the batch weighs the same; "sequence": first over a completion's tokens, then over
              completions
-    total    what the sum is divided by: the whole batch's tokens or completions if it comes in pieces; default: the call's
+    total    what the sum is divided by; the whole batch's tokens or completions if it comes in pieces
 
-    Returns the loss and {"clipped": share of tokens whose gradient is cut off, "kl": estimate of KL(old, new)}, both over
-    this call's tokens. ValueError for another ratio or average.
+    Returns the loss and {"clipped": share of tokens whose gradient is cut off, "kl": estimate of KL(old, new)}, both
+    over this call's tokens. ValueError for another ratio or average.
 
     >>> new, old = torch.log(torch.tensor([[1.5], [1.1]])), torch.zeros(2, 1)     # ratios 1.5 (clipped to 1.2) and 1.1
     >>> loss, stats = policy_loss(new, old, torch.tensor([1.0, -1.0]), torch.ones(2, 1, dtype=torch.bool))
