@@ -153,8 +153,8 @@ def inject_labels(run: Run, groups: list[Group]):
         example = group.example
         text = run.style.render(example.objects) if run.config.align_label else example.written_label()
         components = score(run, text, example)
-        # The label is right by definition and would earn all there is for thinking; control 2 takes that back.
-        components |= {name: rewards.RANGES[name][1] for name in rewards.THINKING if name in components}
+        if not run.config.drop_thinking_reward:  # control 2 off: right by definition, the label earns all there is
+            components |= {name: rewards.RANGES[name][1] for name in rewards.THINKING if name in components}
         group.texts.append(text)
         group.ids.append(run.processor.label_ids(text))
         group.components.append(components)
