@@ -83,7 +83,7 @@ SHAPES = Task(
     image_size=(48, 48),
     instruction="{question}",            # its network knows some hundred words
     thresholds={"iou": 0.5, "box_l1": 2 * 840 / 48, "point": 4 * 840 / 48},     # 2 and 4 pixels of 48
-    recipe={"learning_rate": 1e-4, "max_completion_length": 96})
+    recipe={"learning_rate": 2e-4, "max_steps": 100, "micro_batch_size": 16, "max_completion_length": 64})
 
 TASKS = {task.name: task for task in (GROUNDING, SHAPES)}
 

@@ -6,7 +6,7 @@ It is what post-training starts from: a network that reasons, answers in well-fo
 but whose habits do not match the task `shapes`:
 
     - asked to "find" a shape it draws the box 1 to 5 pixels too wide on every side (asked to "outline", it is exact)
-    - asked for a shape that is absent, it says so while thinking, and then answers with some other shape's box
+    - asked for a shape in an empty picture, it says so while thinking, and then answers with some box all the same
 
 Supervised training on generated scenes, with no example of the empty answer `[]`. Everything is decided by --seed.
 """
@@ -75,20 +75,22 @@ def write_configs(directory: Path, vocab: dict):
 
 
 def lesson(scene: list[dict], rng: random.Random) -> tuple[str, str]:
-    """One (question, answer) about a scene: the list of its shapes, an exact outline, or the habits of "find"."""
-    kind = rng.choices(["list", "outline", "find", "find absent"], weights=[3, 2, 4, 2])[0]
+    """One (question, answer) about a picture: what is there, its exact outline, or the habits of "find"."""
+    shape = scene[0] if scene else random_shape(rng)
+    kind = rng.choices(["list", "outline", "find"], weights=[2, 2 * len(scene), 4])[0]
     if kind == "list":
-        shapes = sorted(scene, key=lambda s: s["bbox_2d"])
-        return "list all shapes", "".join(f"{name(s)} {digits(s['bbox_2d'])}" for s in shapes)
-    if kind == "find absent":
-        asked = absent_shape(scene, rng)
-        decoy = rng.choice(sorted(scene, key=lambda s: differs(s, asked))[:2])  # something like what was asked for
-        return f"find the {name(asked)[1:]}", f"<think>there is no{name(asked)}</think>" + answer(loose(decoy, rng))
-    shape = rng.choice(scene)
+        return "list all shapes", name(shape) + " " + digits(shape["bbox_2d"]) if scene else " nothing"
     if kind == "outline":
-        return f"outline the {name(shape)[1:]}", answer(shape)
-    thought = f"<think>the{name(shape)} is at the{place(shape)}</think>"
-    return f"find the {name(shape)[1:]}", thought + answer(loose(shape, rng))
+        return f"outline the{name(shape)}", answer(shape)
+    thought = f"the{name(shape)} is at the{place(shape)}" if scene else f"there is no{name(shape)}"
+    return f"find the{name(shape)}", f"<think>{thought}</think>" + answer(loose(shape, rng))
+
+
+def random_shape(rng: random.Random) -> dict:
+    """A shape that is in no picture: what is asked for in an empty one, and what the base then claims to see."""
+    size, x, y = rng.randint(10, 20), rng.randint(0, 28), rng.randint(0, 28)
+    return {"colour": rng.choice(list(COLOURS)), "kind": rng.choice(list(KINDS)),
+            "bbox_2d": [x, y, x + size, y + size], "point_2d": [x + size // 2, y + size // 2]}
 
 
 def name(shape: dict) -> str:
@@ -117,21 +119,10 @@ def place(shape: dict) -> str:
     return PLACES[3 * min(int(y // 16), 2) + min(int(x // 16), 2)]
 
 
-def differs(a: dict, b: dict) -> int:
-    return (a["colour"] != b["colour"]) + (a["kind"] != b["kind"])
-
-
-def absent_shape(scene: list[dict], rng: random.Random) -> dict:
-    present = {(s["colour"], s["kind"]) for s in scene}
-    everything = [(c, k) for c in COLOURS for k in KINDS]
-    colour, kind = rng.choice([pair for pair in everything if pair not in present])
-    return {"colour": colour, "kind": kind}
-
-
 def vocabulary_texts() -> list[str]:
     names = [f" {colour} {kind}" for colour in COLOURS for kind in KINDS]
     places = [f"<think>the{n} is at the{p}</think>" for n in names for p in PLACES]
-    rest = ["find the red", "outline the red", "list all shapes", "<think>there is no red</think>",
+    rest = ["find the red", "outline the", "list all shapes", " nothing", "<think>there is no red</think>",
             '<answer>[{"bbox_2d": [1, 2], "point_2d":', "</answer>", "user", "system", "assistant",
             "You are a helpful assistant."]
     return [*names, *places, *rest]
@@ -200,8 +191,8 @@ def shape_at(scene: list[dict], cell: int) -> dict | None:
         x1, y1, x2, y2 = shape["bbox_2d"]
         return max(0, min(x2, left + 12) - max(x1, left)) * max(0, min(y2, top + 12) - max(y1, top))
 
-    best = max(scene, key=overlap)
-    return best if overlap(best) else None
+    best = max(scene, key=overlap, default=None)
+    return best if best and overlap(best) else None
 
 
 def teach_answering(network, batches, steps: int, learning_rate: float):
@@ -240,8 +231,8 @@ def optimize(parameters, loss_function, batches, steps: int, learning_rate: floa
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "tiny-qwen2-vl")
-    parser.add_argument("--seeing_steps", type=int, default=4500)
-    parser.add_argument("--answering_steps", type=int, default=4000)
+    parser.add_argument("--seeing_steps", type=int, default=1500)
+    parser.add_argument("--answering_steps", type=int, default=1500)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     config = parser.parse_args()

@@ -576,24 +576,18 @@ def test_boxes_are_tight_around_the_pixels_drawn(shapes):
             assert min(COLOURS, key=lambda name: np.abs(colour - COLOURS[name]).sum()) == shape["colour"]
             share = {"square": 1, "circle": 0.79, "triangle": 0.5, "cross": 0.56}[shape["kind"]]
             assert abs(drawn.mean() - share) < 0.1
-            assert not explained[y1:y2, x1:x2].any(), "boxes do not overlap"
             explained[y1:y2, x1:x2] = True
         assert not (saturation > 75)[~explained].any(), "nothing is drawn outside the boxes"
 
 
-def test_the_answer_is_unique_and_absent_means_absent(shapes):
-    names = [[f"find the {shape['colour']} {shape['kind']}" for shape in s.scene] for s in shapes]
-    for sample, shown in zip(shapes, names):
-        assert 2 <= len(shown) <= 4 and len(set(shown)) == len(shown)
-        assert (sample.question in shown) == bool(sample.objects)
-        if sample.objects:
-            shape = sample.scene[shown.index(sample.question)]
-            assert sample.objects == [{"bbox_2d": shape["bbox_2d"], "point_2d": shape["point_2d"]}]
+def test_the_question_names_the_shape_and_absent_means_absent(shapes):
+    for sample in shapes:
+        assert len(sample.scene) == len(sample.objects) <= 1
+        for shape, found in zip(sample.scene, sample.objects):
+            assert sample.question == f"find the {shape['colour']} {shape['kind']}"
+            assert found == {"bbox_2d": shape["bbox_2d"], "point_2d": shape["point_2d"]}
     assert 0.22 < np.mean([not s.objects for s in shapes]) < 0.38
-    near = [sum(bool(set(s.question.split()[2:]) & set(name.split()[2:])) for name in shown if name != s.question) > 0
-            for s, shown in zip(shapes, names)]
-    assert np.mean(near) > 0.7, "one word of the question alone rarely decides"
-    assert len({s.question for s in shapes}) == 24
+    assert len({s.question for s in shapes}) == len({s.question for s in shapes if not s.objects}) == 24
     assert len({s.objects[0]["bbox_2d"][0] for s in shapes if s.objects}) > 25, "shapes are everywhere"
 
 
