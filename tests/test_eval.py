@@ -375,6 +375,7 @@ def test_command_line_writes_answers_and_gallery_and_prints_the_table(checkpoint
     saved = json.loads((directory / "answers.json").read_text())
     assert saved["metrics"]["accuracy"] == 1 and saved["metrics"]["samples"] == len(saved["answers"]) == 5
     assert saved["settings"]["image_size"] == [96, 96] and saved["settings"]["data"] == "builtin"
-    assert saved["settings"]["max_completion_length"] == data.TASKS["shapes"].recipe["max_completion_length"] and saved["settings"]["think"] is False
+    assert saved["settings"]["max_completion_length"] == data.TASKS["shapes"].recipe["max_completion_length"]
+    assert saved["settings"]["think"] is False
     assert evaluation.format_table(saved["metrics"]) in printed
     assert "answers.json" in printed and "gallery.png" in printed
