@@ -231,10 +231,11 @@ def train(config: Config):
         held_out = data.load_samples(config.eval_data, task, "test", config.eval_samples, config.skip_bad_rows)
     encode = partial(processor.encode, task=task, max_prompt_length=config.max_prompt_length, **encoding(config))
     encode(samples[0])  # image settings or a prompt that cannot work: before the weights are read
-    directory = prepare_output(config)
+    directory = check_output(config)
 
     network = model.load_pretrained(checkpoint, device="cuda" if torch.cuda.is_available() else "cpu")
     run = make_run(config, task, processor, network)
+    claim_output(config, directory)
     if config.resume and (last := last_checkpoint(directory)):
         load_state(run, last)
     print(f"{config.method} on {config.task}: {len(samples)} samples ({samples.skipped} bad rows skipped, "
@@ -356,22 +357,30 @@ def report(before: dict, after: dict, directory: Path, checkpoint: Path):
 # ---- What is kept ----------------------------------------------------------------------------------------------------
 
 LOGS = ("metrics", "completions")
+RUN_FILES = ("config.json", "metrics.jsonl", "completions.jsonl", "before.json", "after.json", "gallery.png",
+             "checkpoint-*", "unfinished")
 
-def prepare_output(config: Config) -> Path:
-    """Make the output directory, or refuse to mix two runs with a DataError."""
+def check_output(config: Config) -> Path:
+    """The output directory, made if absent; a DataError if it holds another run or cannot be written."""
     directory = Path(config.output_dir or f"runs/{config.task}-{config.method}")
-    settings = directory / "config.json"
-    if settings.exists() and not (config.resume or config.overwrite):
+    if (directory / "config.json").exists() and not (config.resume or config.overwrite):
         raise data.DataError(f"{directory} holds another run: --resume continues it, --overwrite replaces it, another "
                              "--output_dir leaves it alone")
     try:
-        if settings.exists() and config.overwrite:
-            shutil.rmtree(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        settings.write_text(json.dumps(asdict(config), indent=2))
+        (directory / "unfinished").mkdir(exist_ok=True)
     except OSError as error:
         raise data.DataError(f"{directory}: not writable ({error.strerror}); choose another --output_dir") from None
     return directory
+
+def claim_output(config: Config, directory: Path):
+    """Make the directory this run's. Not before the weights are loaded: a run that cannot start deletes nothing.
+
+    --overwrite removes what a run writes and nothing else: the directory may be somebody's home.
+    """
+    for path in [path for name in RUN_FILES for path in directory.glob(name) if config.overwrite]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (directory / "config.json").write_text(json.dumps(asdict(config), indent=2))
 
 def open_log(path: Path, steps_done: int):
     """A log to append to, without the records of steps that a resumed run will do again."""

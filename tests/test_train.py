@@ -339,7 +339,27 @@ def test_an_image_that_breaks_late_keeps_what_was_learnt(tmp_path, capsys):
     assert stop.value.code == 2 and "row 2" in capsys.readouterr().err
 
 
+def test_a_run_that_cannot_start_deletes_nothing(tmp_path, capsys):
+    """A damaged checkpoint with --overwrite: one line, and the old run is still there; nor is a new directory taken."""
+    directory = run(tmp_path, "--max_steps", 1)
+    shutil.copytree(TINY, tmp_path / "damaged")
+    (tmp_path / "damaged" / "model.safetensors").write_bytes(b"nothing")
+    for name in ("run", "new"):
+        with pytest.raises(SystemExit) as stop:
+            run(tmp_path, "--overwrite", "--model", tmp_path / "damaged", name=name)
+        assert stop.value.code == 2 and "damaged or not a safetensors file" in capsys.readouterr().err
+    assert train.last_checkpoint(directory) and len(records(directory)) == 1
+    run(tmp_path, "--max_steps", 1, name="new")
+
+
+def test_an_unwritable_directory_is_named(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("")
+    expect_mistake(tmp_path, capsys, monkeypatch, ["--output_dir", str(tmp_path / "file" / "run")], "not writable")
+
+
 def test_overwrite_replaces_a_run(tmp_path):
-    run(tmp_path, "--max_steps", 2)
+    (run(tmp_path, "--max_steps", 2) / "notes.txt").write_text("mine")
     directory = run(tmp_path, "--max_steps", 1, "--overwrite")
     assert [m["step"] for m in records(directory)] == [1]
+    assert [path.name for path in directory.glob("checkpoint-*")] == ["checkpoint-1"]
+    assert (directory / "notes.txt").read_text() == "mine", "only what a run writes is removed"
