@@ -241,11 +241,12 @@ def train(config: Config):
     print(f"{config.method} on {config.task}: {len(samples)} samples ({samples.skipped} bad rows skipped, "
           f"{samples.clipped} boxes clipped), {sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters\n"
           "The policy loss stays near 0, which is normal: advantages have mean 0. Watch the rewards.")
-    before = run_evaluation(run, held_out, directory / "before.json")
+    if not (run.step and (directory / "before.json").exists()):  # a resumed run knows what it started from
+        run_evaluation(run, held_out, directory / "before.json")
     loop(run, samples, encode, directory, checkpoint)
     final = save(run, directory, checkpoint)
-    after = run_evaluation(run, held_out, directory / "after.json", directory / "gallery.png")
-    report(before, after, directory, final)
+    run_evaluation(run, held_out, directory / "after.json", directory / "gallery.png")
+    report(directory, final)
 
 def loop(run: Run, samples, encode, directory: Path, source):
     """Steps until max_steps, with a line, a record and now and then a checkpoint for each."""
@@ -331,23 +332,23 @@ def show_group(run: Run, group: Group) -> str:
         lines.append(f"    {which:7s} {group.texts[i]!r} ({reward})")
     return "\n".join(lines)
 
-def run_evaluation(run: Run, samples, answers: Path, gallery: Path | None = None) -> dict:
-    """Held-out metrics; every answer goes to a file, and some as a picture; {} without samples."""
+def run_evaluation(run: Run, samples, answers: Path, gallery: Path | None = None):
+    """Held-out metrics and every answer go to a file, and some answers into a picture; nothing without samples."""
     if not samples:
-        return {}
+        return
     results = evaluate.evaluate(run.network, run.processor, run.task, samples,
                                 max_new_tokens=run.config.max_completion_length, **encoding(run.config))
-    metrics = evaluate.metrics(results)
-    answers.write_text(json.dumps({"metrics": metrics, "answers": results}, indent=1))
+    answers.write_text(json.dumps({"metrics": evaluate.metrics(results), "answers": results}, indent=1))
     if gallery:
         evaluate.gallery(results, samples, gallery)
-    return metrics
 
-def report(before: dict, after: dict, directory: Path, checkpoint: Path):
+def report(directory: Path, checkpoint: Path):
     """The end of a run: held-out metrics before and after, and where everything is."""
-    if after:
+    if (directory / "after.json").exists():
+        tables = [evaluate.format_table(json.loads((directory / f"{when}.json").read_text())["metrics"]).splitlines()
+                  for when in ("before", "after")]
         print("\nheld out         before     after")
-        for old, new in zip(evaluate.format_table(before).splitlines(), evaluate.format_table(after).splitlines()):
+        for old, new in zip(*tables):
             print(old, new[12:])
     print(f"\ncheckpoint   {checkpoint}")
     for name in ("metrics.jsonl", "completions.jsonl", "before.json", "after.json", "gallery.png"):
@@ -400,17 +401,17 @@ def save(run: Run, directory: Path, source) -> Path:
     final, before = directory / f"checkpoint-{run.step}", last_checkpoint(directory)
     if final == before:
         return final
-    partial = directory / "unfinished"
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(run.network, partial, source)
+    unfinished = directory / "unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(run.network, unfinished, source)
     tensors = {}
     for name, parameter in run.network.named_parameters():
         tensors[f"weight/{name}"] = parameter.detach()
         tensors |= {f"{key}/{name}": value for key, value in run.optimizer.state[parameter].items()}
-    save_file(tensors, partial / "training_state.safetensors")
+    save_file(tensors, unfinished / "training_state.safetensors")
     state = {"step": run.step, "not_finite": run.not_finite, "style": run.style.state_dict()}
-    (partial / "training_state.json").write_text(json.dumps(state))
-    os.replace(partial, final)
+    (unfinished / "training_state.json").write_text(json.dumps(state))
+    os.replace(unfinished, final)
     if before is not None:
         shutil.rmtree(before)
     return final

@@ -151,18 +151,20 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     timing = ("rollout_seconds", "update_seconds")
     strip = lambda record: {name: value for name, value in record.items() if name not in timing}
     assert [strip(m) for m in records(whole)] == [strip(m) for m in records(parts)]
-    a, b = (d / "checkpoint-4" / "training_state.safetensors" for d in (whole, parts))
-    assert a.read_bytes() == b.read_bytes()
+    for name in ("training_state.safetensors", "training_state.json", "model.safetensors"):
+        assert (whole / "checkpoint-4" / name).read_bytes() == (parts / "checkpoint-4" / name).read_bytes(), name
     assert [path.name for path in parts.glob("checkpoint-*")] == ["checkpoint-4"], "the one before is dropped"
 
 
 def test_resume_forgets_steps_after_the_checkpoint_and_unfinished_ones(tmp_path):
     """Killed after step 3 with a half-written checkpoint: step 3 is done again, once, from checkpoint-2."""
-    directory = run(tmp_path)
+    directory = run(tmp_path, "--eval_samples", 4)
+    before = (directory / "before.json").read_text()
     with (directory / "metrics.jsonl").open("a") as log:
         log.write(json.dumps({"step": 3, "loss": 123}) + "\n")
     (directory / "unfinished").mkdir()
-    run(tmp_path, "--max_steps", 3, "--resume")
+    run(tmp_path, "--max_steps", 3, "--resume", "--eval_samples", 4, "--learning_rate", 1e-2)
+    assert (directory / "before.json").read_text() == before, "the run still knows what it started from"
     assert [m["step"] for m in records(directory)] == [1, 2, 3] and records(directory)[2]["loss"] != 123
     assert not (directory / "unfinished").exists()
 
