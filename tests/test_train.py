@@ -233,6 +233,17 @@ def test_micro_batches_do_not_change_the_step(tmp_path, flags):
         assert (gradient - results[0][2]).norm() < 1e-5 * gradient.norm()
 
 
+def test_the_seed_and_the_place_in_the_run_decide_the_rollouts(tmp_path):
+    run_, examples = start(tmp_path)
+    sample = lambda: [c.ids.tolist() for group in train.sample_rollouts(run_, [examples[0]] * 2) for c in group]
+    first = sample()
+    assert first == sample() and first[:3] != first[3:], "two prompts of a step draw differently"
+    run_.step = 1
+    assert sample() != first
+    run_.step, run_.config.seed = 0, 1
+    assert sample() != first
+
+
 def test_more_iterations_leave_the_sampling_policy_behind(tmp_path):
     one, examples = start(tmp_path, "--learning_rate", 1e-3)
     several, _ = start(tmp_path, "--learning_rate", 1e-3, "--num_iterations", 3)
@@ -339,6 +350,7 @@ def test_an_image_that_breaks_late_keeps_what_was_learnt(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         run(tmp_path, "--data", file, "--batch_size", 1, "--max_steps", 9)
     assert stop.value.code == 2 and "row 2" in capsys.readouterr().err
+    assert train.last_checkpoint(tmp_path / "run")
 
 
 def test_a_run_that_cannot_start_deletes_nothing(tmp_path, capsys):
