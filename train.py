@@ -359,7 +359,7 @@ def report(directory: Path, checkpoint: Path):
 
 LOGS = ("metrics", "completions")
 RUN_FILES = ("config.json", "metrics.jsonl", "completions.jsonl", "before.json", "after.json", "gallery.png",
-             "checkpoint-*", "unfinished")
+             "checkpoint-[0-9]*", "unfinished")
 
 def check_output(config: Config) -> Path:
     """The output directory, made if absent; a DataError if it holds another run or cannot be written."""
@@ -391,7 +391,7 @@ def open_log(path: Path, steps_done: int):
 
 def last_checkpoint(directory: Path) -> Path | None:
     """The newest complete checkpoint of a run; unfinished ones have another name."""
-    return max(directory.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), default=None)
+    return max(directory.glob("checkpoint-[0-9]*"), key=lambda path: int(path.name.split("-")[1]), default=None)
 
 def save(run: Run, directory: Path, source) -> Path:
     """Write checkpoint-STEP, a Hugging Face checkpoint with the training state beside it, and drop the one before.
