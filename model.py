@@ -22,6 +22,7 @@ q/k/v and gate/up are one matrix each here (`checkpoint_tensors`).
 
 import json
 import shutil
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -155,8 +156,9 @@ class Attention(nn.Module):
 
     def forward(self, x, rotary, attend) -> torch.Tensor:
         heads = self.qkv(x).view(len(x), sum(self.heads), -1)
-        q, k, v = heads.split(self.heads, dim=1)  # (tokens, H, E), (tokens, K, E), (tokens, K, E)
-        return self.proj(attend(rotary(q), rotary(k), v).flatten(1))
+        turned = rotary(heads[:, : sum(self.heads[:2])])  # queries and keys
+        q, k = turned.split(self.heads[:2], dim=1)  # (tokens, H, E), (tokens, K, E)
+        return self.proj(attend(q, k, heads[:, -self.heads[2] :]).flatten(1))
 
 class GatedMLP(nn.Module):
     """SwiGLU feed-forward block, gate and up projection in one matrix."""
@@ -174,11 +176,18 @@ class Rotary:
     """Rotates pairs (i, i + E/2) of each head by a per-token angle, in float32 whatever the network's dtype."""
 
     def __init__(self, angles: torch.Tensor):  # (tokens, E/2)
-        self.cos, self.sin = angles.cos()[:, None], angles.sin()[:, None]  # (tokens, 1, E/2)
+        self.cos = torch.cat([angles, angles], dim=-1).cos()[:, None]  # (tokens, 1, E)
+        self.sin = torch.cat([-angles, angles], dim=-1).sin()[:, None]  # the first of a pair gets minus the second
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:  # (tokens, heads, E)
-        a, b = x.float().chunk(2, dim=-1)
-        return torch.cat([a * self.cos - b * self.sin, b * self.cos + a * self.sin], dim=-1).to(x.dtype)
+        partner = x.roll(x.shape[-1] // 2, dims=-1)
+        return torch.addcmul(x * self.cos, partner, self.sin).to(x.dtype)
+
+    def at(self, index) -> "Rotary":
+        """The rotations of some tokens (n,) only."""
+        chosen = copy(self)
+        chosen.cos, chosen.sin = self.cos[index], self.sin[index]
+        return chosen
 
 # ---- Who attends to whom ---------------------------------------------------------------------------------------------
 
@@ -219,54 +228,82 @@ class KVCache:
     """Keys and values while decoding: each prompt's once, and a preallocated stretch for each of its N rows.
 
     Called as attend(layer, q, k, v) on one new token per row (B*N, heads, E). Rows of one prompt share the product with
-    the prompt's keys: no copy of a 900-token prompt per rollout, in memory or in bandwidth.
+    the prompt's keys: no copy of a 900-token prompt per rollout, in memory or in bandwidth. Keys are kept transposed,
+    as the product with a few queries wants them.
+
+    With `fixed`, attention reads a fixed stretch of the rows and masks what is not filled yet: so a step can be
+    captured as a CUDA graph, until the stretch doubles.
     """
 
-    def __init__(self, num_layers: int, lengths, N: int, max_tokens: int):
-        self.B, self.N, self.t, self.lengths = len(lengths), N, 0, lengths
-        self.max_tokens = max_tokens
-        self.prompts = [None] * num_layers  # per layer: keys and values (B, K, P, E)
-        self.rows = None  # (layers, 2, B*N, K, max_tokens, E)
+    def __init__(self, num_layers: int, lengths, N: int, max_tokens: int, fixed: bool = False):
+        self.B, self.N, self.lengths, self.max_tokens, self.fixed = len(lengths), N, lengths, max_tokens, fixed
+        self.t = -1  # the slot that the current token fills
+        self.used = 0  # slots that attention reads
+        self.slot = torch.zeros(1, dtype=torch.long, device=lengths.device)  # t, where a captured graph can see it
+        self.prompts = [None] * num_layers  # per layer: keys (B*K, E, P) and values (B*K, P, E)
+        self.rows = [None] * num_layers  # per layer: keys and values (B, K, N, max_tokens, E)
 
-    def store_prompts(self, layer: int, k, v):
-        self.prompts[layer] = (k.contiguous(), v.contiguous())
-        if self.rows is None:
-            _, K, P, E = k.shape
-            self.rows = k.new_empty(len(self.prompts), 2, self.B * self.N, K, self.max_tokens, E)
-            padding = torch.arange(P, device=k.device) >= self.lengths[:, None]  # (B, P)
-            self.padding = padding[:, None, None] if padding.any() else None
+    def store_prompts(self, layer: int, k, v):  # (B, K, P, E) each
+        B, self.K, self.P, E = k.shape
+        self.prompts[layer] = k.mT.flatten(0, 1).contiguous(), v.flatten(0, 1).contiguous()
+        self.rows[layer] = k.new_zeros(2, B, self.K, self.N, self.max_tokens, E).unbind()
+
+    def advance(self) -> bool:
+        """Open the slot of the next token; True if a captured graph is void, because it reads other slots."""
+        self.t += 1
+        self.slot.fill_(self.t)
+        if not self.fixed:
+            self.used = self.t + 1
+        grown = self.t >= self.used
+        if grown:
+            self.used = min(max(32, 2 * self.used), self.max_tokens)
+        if self.t == 0 or grown:
+            self.make_mask()
+        if self.fixed:
+            self.mask[..., self.P + self.t] = 0
+        return grown
+
+    def make_mask(self):
+        """What is added to scores on P prompt tokens and `used` own ones: -inf on padding and on slots not filled."""
+        device = self.lengths.device
+        prompt = torch.arange(self.P, device=device) < self.lengths[:, None]  # (B, P) True = may be seen
+        own = (torch.arange(self.used, device=device) <= self.t).expand(self.B, -1)
+        self.mask = torch.where(torch.cat([prompt, own], dim=1), 0.0, -torch.inf)  # (B, P+used)
+        self.mask = self.mask.repeat_interleave(self.K, dim=0)[:, None]  # (B*K, 1, P+used)
+        self.padded = not prompt.all()
 
     def __call__(self, layer: int, q, k, v) -> torch.Tensor:
-        B, N, t = self.B, self.N, self.t
+        B, N, K, P, used = self.B, self.N, self.K, self.P, self.used
+        g, E = q.shape[1] // K, q.shape[2]  # g query heads share a key/value head
+        keys, values = self.rows[layer]
+        keys.index_copy_(3, self.slot, k.view(B, N, K, 1, E).transpose(1, 2))
+        values.index_copy_(3, self.slot, v.view(B, N, K, 1, E).transpose(1, 2))
         prompt_k, prompt_v = self.prompts[layer]
-        _, K, P, E = prompt_k.shape
-        g = q.shape[1] // K  # query heads that share a key/value head
-        self.rows[layer, 0, :, :, t] = k
-        self.rows[layer, 1, :, :, t] = v
-        own_k, own_v = self.rows[layer, :, :, :, : t + 1]  # (B*N, K, t+1, E) each
 
-        q = (q * E**-0.5).view(B, N, K, g, E)
-        by_prompt = q.transpose(1, 2).reshape(B, K, N * g, E)  # all rows of a prompt against its keys in one product
-        scores = by_prompt @ prompt_k.transpose(2, 3)  # (B, K, N*g, P)
-        if self.padding is not None:
-            scores = scores.masked_fill(self.padding, -torch.inf)
-        scores = scores.view(B, K, N, g, P).transpose(1, 2)
-        own_scores = (q.view(B * N, K, g, E) @ own_k.transpose(2, 3)).view(B, N, K, g, t + 1)
-        weights = torch.cat([scores, own_scores], dim=-1).softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+        q = (q * E**-0.5).view(B, N, K, g, E).transpose(1, 2).reshape(B * K, N * g, E)
+        on_prompt = product(q, prompt_k)  # (B*K, N*g, P): all rows of a prompt against its keys at once
+        on_own = product(q.view(-1, g, E), keys.flatten(0, 2)[:, :used].mT)  # (B*K*N, g, used)
+        scores = torch.cat([on_prompt, on_own.view(B * K, N * g, used)], dim=-1)
+        if self.fixed:
+            scores += self.mask
+        elif self.padded:
+            scores[..., :P] += self.mask[..., :P]
+        weights = scores.softmax(dim=-1).to(q.dtype)
+        out = torch.bmm(weights[..., :P], prompt_v)  # (B*K, N*g, E)
+        on_own = weights[..., P:].view(-1, g, used)
+        out = torch.baddbmm(out.view(-1, g, E), on_own, values.flatten(0, 2)[:, :used])
+        return out.view(B, K, N, g, E).transpose(1, 2).reshape(B * N, K * g, E)
 
-        on_prompt, on_own = weights.split([P, t + 1], dim=-1)
-        out = on_prompt.transpose(1, 2).reshape(B, K, N * g, P) @ prompt_v
-        out = out.view(B, K, N, g, E).transpose(1, 2).reshape(B * N, K, g, E)
-        out = out + on_own.reshape(B * N, K, g, t + 1) @ own_v
-        return out.reshape(B * N, K * g, E)
-
-    def keep(self, prompts, rows, N: int):
-        """Keep only some prompts (B',) and rows (B'*N',), in that order: finished rows cost nothing any more."""
-        self.prompts = [(k[prompts], v[prompts]) for k, v in self.prompts]
-        self.padding = None if self.padding is None else self.padding[prompts]
-        kept = self.rows.new_empty(*self.rows.shape[:2], len(rows), *self.rows.shape[3:])
-        kept[:, :, :, :, : self.t] = self.rows[:, :, rows, :, : self.t]
-        self.rows, self.B, self.N = kept, len(prompts), N
+    def keep(self, prompts, rows):
+        """Keep only some prompts (B',) and rows (B', N'), in that order: finished rows cost nothing any more."""
+        own = lambda x: x.transpose(1, 2)[rows // self.N, rows % self.N].transpose(1, 2).contiguous()
+        shared = lambda x: x.unflatten(0, (self.B, self.K))[prompts].flatten(0, 1)
+        for layer in range(len(self.rows)):  # one at a time: two copies of the whole would be much memory
+            self.rows[layer] = tuple(own(x) for x in self.rows[layer])
+            if len(prompts) < self.B:
+                self.prompts[layer] = tuple(shared(x) for x in self.prompts[layer])
+        self.lengths, (self.B, self.N) = self.lengths[prompts], rows.shape
+        self.make_mask()
 
 # ---- Vision tower ----------------------------------------------------------------------------------------------------
 
@@ -467,39 +504,60 @@ class TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, forbidden, chunk):
         ctx.settings = temperature, forbidden, chunk
-        weight32 = weight.float()
-        values, log_z = [], []
-        for h, target in zip(hidden.split(chunk), targets.split(chunk)):
-            logits = scaled_logits(h, weight32, temperature, forbidden)  # (chunk, V)
-            log_z.append(logits.logsumexp(dim=-1))
-            values.append(logits.gather(1, target[:, None])[:, 0] - log_z[-1])
-        empty = hidden.new_zeros(0, dtype=torch.float32)
-        ctx.save_for_backward(hidden, weight, targets, torch.cat([*log_z, empty]))
-        return torch.cat([*values, empty])
+        values, log_z = hidden.new_empty(2, len(hidden), dtype=torch.float32)
+        space = hidden.new_empty(min(chunk, len(hidden)), len(weight), dtype=torch.float32)
+        for start in range(0, len(hidden), chunk):
+            part = slice(start, start + chunk)
+            logits = scaled_logits(hidden[part], weight, temperature, forbidden, space)  # (chunk, V)
+            values[part] = logits.gather(1, targets[part, None])[:, 0]
+            top = logits.amax(dim=-1)
+            log_z[part] = logits.sub_(top[:, None]).exp_().sum(dim=-1).log() + top  # logsumexp without a second chunk
+        ctx.save_for_backward(hidden, weight, targets, log_z)
+        return values - log_z
 
     @staticmethod
     def backward(ctx, grad):
         hidden, weight, targets, log_z = ctx.saved_tensors
         temperature, forbidden, chunk = ctx.settings
-        weight32 = weight.float()
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight32)
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
+        space = grad_weight.new_empty(min(chunk, len(hidden)), len(weight))
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
-            h = hidden[part].float()
-            logits = scaled_logits(h, weight32, temperature, forbidden)
+            logits = scaled_logits(hidden[part], weight, temperature, forbidden, space)
             g = (grad[part] / temperature)[:, None]
             d_logits = logits.sub_(log_z[part, None]).exp_().mul_(-g)  # -g * softmax ...
-            d_logits.scatter_add_(1, targets[part, None], g)  # ... + g at the target
-            grad_hidden[part] = (d_logits @ weight32).to(hidden.dtype)
-            grad_weight.addmm_(d_logits.T, h)
+            d_logits = d_logits.scatter_add_(1, targets[part, None], g).to(weight.dtype)  # ... + g at the target
+            grad_hidden[part] = d_logits @ weight
+            add_product(grad_weight, d_logits.T, hidden[part])
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
 
-def scaled_logits(hidden, weight, temperature: float, forbidden) -> torch.Tensor:
-    """Float32 logits (M, V) / temperature with forbidden tokens at -inf: the one definition of the policy's softmax."""
-    logits = hidden.float() @ weight.float().T
+def scaled_logits(hidden, weight, temperature: float, forbidden, space=None) -> torch.Tensor:
+    """Float32 logits (M, V) / temperature with forbidden tokens at -inf: the one definition of the policy's softmax.
+
+    `space` (at least M, V) is overwritten and returned in part, so that chunk after chunk needs no new memory.
+    """
+    logits = product(hidden, weight.T, out=None if space is None else space[: len(hidden)])
     if temperature != 1:
         logits.div_(temperature)
     return logits.index_fill_(1, forbidden, -torch.inf)
+
+def product(a, b, out=None) -> torch.Tensor:
+    """a @ b, of two matrices or two batches, in float32. Half-precision factors need no copy for that on a GPU, whose
+    matrix units add up in float32; a CPU is faster in float32 anyway."""
+    multiply = torch.mm if a.dim() == 2 else torch.bmm
+    if a.dtype != torch.float32 and a.is_cuda:
+        return multiply(a, b, out_dtype=torch.float32, out=out)
+    return multiply(a.float(), b.float(), out=out)
+
+def add_product(total, a, b):
+    """total += a @ b in float32."""
+    if a.dtype == torch.float32:
+        total.addmm_(a, b)
+    else:
+        total += product(a, b)
+
+# A GPU would wait for the CPU's decisions after every token; on a CPU they cost nothing.
+LOOK_EVERY = {"cpu": 1, "cuda": 8}  # tokens between two looks for finished rows
 
 # ---- Sampling --------------------------------------------------------------------------------------------------------
 
@@ -512,51 +570,101 @@ class Completion:
     logprobs: torch.Tensor
     finished: bool
 
-@torch.no_grad()
 def generate(network: QwenVL, prompts, num_generations: int = 1, max_new_tokens: int = 256, temperature: float = 1.0,
-             top_p: float = 1.0, top_k: int = 0, seeds=None) -> list[list[Completion]]:
+             top_p: float = 1.0, top_k: int = 0, seeds=None, cuda_graph: bool = True) -> list[list[Completion]]:
     """Sample num_generations completions of each prompt; temperature 0 is greedy decoding.
 
     `seeds` holds one integer per prompt (default 0, 1, ...): it decides every token of that prompt's rollouts, whatever
-    else is in the batch. Rows that have finished leave the batch. Each prompt is run once (prefill).
+    else is in the batch. Rows that have finished leave the batch. Each prompt is run once (prefill). With `cuda_graph`,
+    which changes nothing but the time, a GPU replays the decoding step instead of launching its kernels one by one.
     """
-    device, B, N = network.head_weight.device, len(prompts), num_generations
-    uniform = uniform_draws(seeds or range(B), N, max_new_tokens).to(device)  # (B*N, max_new_tokens)
-    forbidden = torch.tensor(network.forbidden_tokens, dtype=torch.long, device=device)
-    stop = torch.tensor(network.stop_tokens, dtype=torch.long, device=device)
-    ids = torch.zeros(B * N, max_new_tokens, dtype=torch.long, device=device)
-    logprobs = torch.zeros(B * N, max_new_tokens, device=device)
-    length = torch.zeros(B * N, dtype=torch.long, device=device)
-    finished = torch.zeros(B * N, dtype=torch.bool, device=device)
-
-    batch = PromptBatch.from_prompts(prompts, network.config, device)
-    cache = KVCache(network.config.text_config.num_hidden_layers, batch.lengths, N, max_new_tokens)
-    last = last_states(network.prompt_states(batch, cache), batch.lengths)
-    hidden = network.model.norm(last).repeat_interleave(N, dim=0)  # (B*N, D)
-    position = batch.next_position.repeat_interleave(N)  # (B*N,) of the token being sampled
-    row = torch.arange(B * N, device=device)  # which completion a slot of the batch works on
-    alive = torch.ones(B * N, dtype=torch.bool, device=device)  # slots that have not finished
-    for t in range(max_new_tokens):
-        logits = scaled_logits(hidden[alive], network.head_weight, temperature or 1.0, forbidden)
-        token, logprob = sample_tokens(logits, uniform[row[alive], t], temperature == 0, top_p, top_k)
-        running, ended = row[alive], torch.isin(token, stop)
-        ids[running, t], logprobs[running, t], length[running], finished[running] = token, logprob, t + 1, ended
-        tokens = torch.zeros_like(row).masked_scatter(alive, token)
-        alive = alive.masked_scatter(alive, ~ended)
-        if t + 1 == max_new_tokens or not alive.any():
-            break
-        keep = rows_worth_keeping(alive.view(cache.B, cache.N))
-        if keep is not None:
-            cache.keep(*keep)
-            tokens, alive, row, position = (x[keep[1]] for x in (tokens, alive, row, position))
-        hidden = decode(network, tokens, position + t, cache)
-
-    ids, logprobs, finished = ids.cpu(), logprobs.cpu(), finished.tolist()
-    rows = [Completion(ids[r, :n], logprobs[r, :n], finished[r]) for r, n in enumerate(length.tolist())]
+    B, N = len(prompts), num_generations
+    uniform = uniform_draws(seeds or range(B), N, max_new_tokens).to(network.head_weight.device)
+    with torch.inference_mode():  # no_grad, and a little faster for small operations
+        decoder = Decoder(network, prompts, N, max_new_tokens, cuda_graph)
+        ids, logprobs = sample_rows(decoder, uniform, temperature, top_p, top_k)
+    ids, logprobs = ids.clone().cpu(), logprobs.clone().cpu()  # cloned: fit for autograd again
+    ended = torch.isin(ids, torch.tensor(network.stop_tokens))  # (max_new_tokens, B*N)
+    finished = ended.any(dim=0).tolist()
+    length = [int(ended[:, r].int().argmax()) + 1 if finished[r] else max_new_tokens for r in range(B * N)]
+    rows = [Completion(ids[:n, r], logprobs[:n, r], finished[r]) for r, n in enumerate(length)]
     return [rows[b * N : (b + 1) * N] for b in range(B)]
 
+def sample_rows(decoder: "Decoder", uniform, temperature: float, top_p: float, top_k: int):
+    """Token ids and log-probs, (max_new_tokens, B*N) each; what follows a row's end token means nothing."""
+    network, cache, device = decoder.network, decoder.cache, uniform.device
+    forbidden = torch.tensor(network.forbidden_tokens, dtype=torch.long, device=device)
+    stop = torch.tensor(network.stop_tokens, dtype=torch.long, device=device)
+    ids = torch.zeros(uniform.shape, dtype=torch.long, device=device)
+    logprobs = torch.zeros(uniform.shape, device=device)
+    hidden = decoder.prefill()  # (B*N, D)
+    row = torch.arange(len(hidden), device=device)  # which completion a slot of the batch works on
+    alive = torch.ones_like(row, dtype=torch.bool)  # slots that have not finished
+    for t in range(len(uniform)):
+        logits = scaled_logits(hidden, network.head_weight, temperature or 1.0, forbidden)
+        tokens, values = sample_tokens(logits, uniform[t, row], temperature == 0, top_p, top_k)
+        ids[t, row], logprobs[t, row] = tokens, values
+        alive &= ~torch.isin(tokens, stop)
+        if t % LOOK_EVERY[device.type] == 0:
+            if not alive.any():
+                break
+            keep = rows_worth_keeping(alive.view(cache.B, cache.N))
+            if keep is not None:
+                decoder.keep(*keep)
+                tokens, alive, row = (x[keep[1].flatten()] for x in (tokens, alive, row))
+        if t + 1 < len(uniform):
+            hidden = decoder.step(tokens)
+    return ids, logprobs
+
+class Decoder:
+    """Runs prompts once, then one token of each of their rows at a time.
+
+    On CUDA the step is captured as a graph: one launch for some 20 small kernels a layer. The first step after the
+    shape has changed runs eagerly, which is also the warm-up that capturing needs.
+    """
+
+    def __init__(self, network: QwenVL, prompts, N: int, max_tokens: int, capture: bool = True):
+        self.network, self.graph = network, None
+        self.batch = PromptBatch.from_prompts(prompts, network.config, network.head_weight.device)
+        self.capture = capture and network.head_weight.is_cuda
+        self.cache = KVCache(network.config.text_config.num_hidden_layers, self.batch.lengths, N, max_tokens, self.capture)
+        self.position = self.batch.next_position.repeat_interleave(N)  # (B*N,) M-RoPE position of the token that goes in
+        everywhere = torch.arange(int(self.position.max()) + max_tokens, device=self.position.device)
+        self.rotary = network.model.rotary(everywhere.expand(3, -1))  # after the prompt all three axes are equal
+
+    def prefill(self) -> torch.Tensor:
+        """Final hidden states (B*N, D) of the prompts' last tokens, equal for all rows of a prompt."""
+        states = last_states(self.network.prompt_states(self.batch, self.cache), self.batch.lengths)
+        return self.network.model.norm(states).repeat_interleave(self.cache.N, dim=0)
+
+    def step(self, tokens) -> torch.Tensor:
+        """Tokens (B*N,) -> final hidden states (B*N, D), valid until the next step."""
+        replaced = self.cache.advance()
+        if replaced or self.graph is None:
+            self.tokens, self.graph = tokens.clone(), None
+            hidden = self.run()
+            if self.capture:
+                self.graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graph):
+                    self.hidden = self.run()
+        else:
+            self.tokens.copy_(tokens)
+            self.graph.replay()
+            hidden = self.hidden
+        self.position += 1
+        return hidden
+
+    def run(self) -> torch.Tensor:
+        model = self.network.model
+        return model.norm(model(model.embed_tokens(self.tokens), self.rotary.at(self.position), self.cache))
+
+    def keep(self, prompts, rows):
+        """Go on with some prompts (B',) and rows (B', N') only."""
+        self.cache.keep(prompts, rows)
+        self.position, self.graph = self.position[rows.flatten()], None
+
 def uniform_draws(seeds, N: int, length: int) -> torch.Tensor:
-    """One uniform number in [0, 1) for every token that may be sampled, (len(seeds)*N, length) float64.
+    """One uniform number in [0, 1) for every token that may be sampled, (length, len(seeds)*N) float64.
 
     Drawn up front and per prompt, so that neither the batch's composition nor rows that leave it move the stream. Seeds
     are below 2**32: torch's CPU generator ignores higher bits.
@@ -564,37 +672,45 @@ def uniform_draws(seeds, N: int, length: int) -> torch.Tensor:
     if not all(0 <= seed < 2**32 for seed in seeds):
         raise ValueError(f"seeds must be from 0 to 2**32 - 1, got {list(seeds)}")
     draws = [torch.rand(N, length, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
-    return torch.cat(draws)
+    return torch.cat(draws).T.contiguous()
 
 def last_states(x, lengths) -> torch.Tensor:
     """The state (B, D) of each prompt's last real token, from states x (B, P, D) and lengths (B,)."""
     return x[torch.arange(len(x), device=x.device), lengths - 1]
 
-def decode(network: QwenVL, tokens, position, cache: KVCache) -> torch.Tensor:
-    """One step: tokens (B*N,) at M-RoPE positions (B*N,) -> final hidden states (B*N, D); the cache grows by one."""
-    x = network.model(network.model.embed_tokens(tokens), network.model.rotary(position.expand(3, -1)), cache)
-    cache.t += 1
-    return network.model.norm(x)
-
 def sample_tokens(logits, uniform, greedy: bool = False, top_p: float = 1.0, top_k: int = 0):
     """Draw a token from each row of logits (R, V) by uniform numbers (R,); returns tokens and log-probs, (R,) each.
 
-    Inverts the cumulative distribution in float64, which is several times faster than torch.multinomial at 150,000
-    words and makes the draw a function of one number. top_k keeps the k likeliest tokens, then top_p the smallest set
-    of likeliest tokens whose probability reaches top_p; the log-prob is that of the distribution drawn from.
+    Inverts the cumulative distribution, which is many times faster than torch.multinomial at 150,000 words and makes
+    the draw a function of one number. top_k keeps the k likeliest tokens, then top_p the smallest set of likeliest
+    tokens whose probability reaches top_p; the log-prob is that of the distribution drawn from.
     """
-    if greedy:
-        values, tokens = logits.log_softmax(dim=-1).max(dim=-1)
-        return tokens, values
     candidates = None
-    if top_k or top_p < 1:
+    if not greedy and (top_k or top_p < 1):
         logits, candidates = likeliest(logits, top_p, top_k)
-    logp = logits.log_softmax(dim=-1)
-    cumulative = logp.double().exp().cumsum(dim=-1)
-    threshold = uniform[:, None] * cumulative[:, -1:]  # the sum is 1 only up to rounding
-    pick = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=logits.shape[-1] - 1)
-    token = pick if candidates is None else candidates.gather(1, pick)
-    return token[:, 0], logp.gather(1, pick)[:, 0]
+    probabilities = logits.softmax(dim=-1)
+    pick = logits.argmax(dim=-1, keepdim=True) if greedy else draw(probabilities, uniform[:, None])  # (R, 1)
+    tokens = pick if candidates is None else candidates.gather(1, pick)
+    return tokens[:, 0], probabilities.gather(1, pick).log()[:, 0]
+
+def draw(probabilities, uniform, block: int = 256) -> torch.Tensor:
+    """The index (R, 1) at which the cumulative probabilities (R, V) pass uniform numbers (R, 1) in [0, 1).
+
+    In a large vocabulary, first the block of tokens and then the token inside it: the float64 sum is slow.
+    """
+    R, V = probabilities.shape
+    if V <= 16 * block:
+        return invert(probabilities.cumsum(dim=-1, dtype=torch.float64), uniform)
+    blocks = F.pad(probabilities, (0, -V % block)).view(R, -1, block)
+    sums = blocks.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64)  # (R, blocks)
+    which = invert(sums, uniform)
+    below = F.pad(sums, (1, 0)).gather(1, which)
+    inside = blocks.gather(1, which[..., None].expand(-1, -1, block))[:, 0].cumsum(dim=-1, dtype=torch.float64)
+    return which * block + invert(inside, (uniform * sums[:, -1:] - below) / inside[:, -1:])
+
+def invert(cumulative, fraction) -> torch.Tensor:
+    """The index (R, 1) at which cumulative sums (R, C) pass a fraction (R, 1) of their last: never that of a zero."""
+    return torch.searchsorted(cumulative, fraction.clamp(0, 1 - 1e-12) * cumulative[:, -1:], right=True)
 
 def likeliest(logits, top_p: float, top_k: int, first: int = 1024):
     """The candidates of top-k and top-p: logits (R, C), sorted, the excluded at -inf, and their token ids (R, C).
@@ -615,18 +731,20 @@ def likeliest(logits, top_p: float, top_k: int, first: int = 1024):
     return values, ids
 
 def rows_worth_keeping(alive):
-    """Decide whether dropping finished rows pays: None, or (prompts (B',), rows (B'*N',), N') for KVCache.keep.
+    """Decide whether dropping finished rows pays: None, or (prompts (B',), rows (B', N')) for Decoder.keep.
 
     alive (B, N). What remains must be a rectangle again: the prompts that still have a living row, and as many rows of
     each as the fullest of them needs. Copying the cache is worth it once a fifth of the slots goes.
     """
     B, N = alive.shape
+    if alive.sum() > 0.8 * B * N:
+        return None
     living = alive.sum(dim=1)
     prompts, most = living.nonzero()[:, 0], int(living.max())
     if len(prompts) * most > 0.8 * B * N:
         return None
     living_first = alive[prompts].int().argsort(dim=1, descending=True, stable=True)[:, :most]
-    return prompts, (prompts[:, None] * N + living_first).flatten(), most
+    return prompts, prompts[:, None] * N + living_first
 
 # ---- Weights on disk -------------------------------------------------------------------------------------------------
 
