@@ -322,14 +322,15 @@ class VisionTower(nn.Module):
         self.merger = PatchMerger(config, self.width, self.windowed)
 
     def forward(self, pixels, grid_thw) -> torch.Tensor:
-        """pixels (patches, channels*time*14*14), grid_thw (images, 3) in patches -> features (patches/merge**2, D).
+        """Features (patches/merge**2, D) of images with grid_thw (images, 3) in patches, whose pixels are the parts of a
+        list, (patches, channels*time*14*14) each.
 
         Patches come in the processor's order: those of one feature are neighbours. ValueError for videos.
         """
         grids, merge = grid_thw.tolist(), self.config.spatial_merge_size
         if any(t != 1 for t, _, _ in grids):
             raise ValueError(f"only still images are supported, got grids {grids}")
-        x = self.patch_embed(pixels)  # (patches, width)
+        x = torch.cat([self.patch_embed(part) for part in pixels])  # (patches, width)
         angles = patch_angles(grids, merge, self.width // self.config.num_heads)
         images = windows = [h * w for _, h, w in grids]  # lengths of the segments that attention stays inside
         if self.windowed:
@@ -438,13 +439,13 @@ class PatchMerger(nn.Module):
 
 @dataclass
 class PromptBatch:
-    """B prompts as one batch, right-padded; pixels and grids of all their images follow each other in prompt order."""
+    """B prompts as one batch, right-padded; grids of all their images follow each other in prompt order."""
 
     ids: torch.Tensor  # (B, P)
     lengths: torch.Tensor  # (B,) real tokens of each prompt
     positions: torch.Tensor  # (3, B, P) M-RoPE: time, height, width
     next_position: torch.Tensor  # (B,) of the first completion token, equal on all three axes
-    pixels: torch.Tensor  # (patches, channels*time*14*14)
+    pixels: list[torch.Tensor]  # of each prompt, (patches, channels*time*14*14); joined they would be a large copy
     grid_thw: torch.Tensor  # (images, 3)
 
     @classmethod
@@ -456,7 +457,7 @@ class PromptBatch:
             lengths=torch.tensor([len(p.ids) for p in prompts], device=device),
             positions=pad_sequence([p.T for p in positions], batch_first=True).permute(2, 0, 1).to(device),
             next_position=torch.stack([p.max() + 1 for p in positions]).to(device),
-            pixels=torch.cat([p.pixels for p in prompts]).to(device),
+            pixels=[p.pixels.to(device) for p in prompts],
             grid_thw=torch.cat([p.grid_thw for p in prompts]))  # stays on the CPU: it only steers loops
 
 def mrope_positions(ids, grid_thw, config) -> torch.Tensor:

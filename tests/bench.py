@@ -84,12 +84,11 @@ def their_inputs(prompts, completions=None) -> dict:
             "image_grid_thw": torch.cat([prompt.grid_thw for prompt in prompts])}
 
 
-def their_sampling(network, prompts, N: int, T: int, kind: str, stop=None, sample: bool = True) -> torch.Tensor:
-    """generate's tokens (rows, up to T). kind: "dynamic" or "static" cache, or "prefix": the prompt is run once and
+def their_sampling(network, inputs, N: int, T: int, kind: str, stop=None, sample: bool = True) -> torch.Tensor:
+    """generate's tokens (rows, up to T), for `their_inputs`. kind: "dynamic" or "static" cache, or "prefix": the prompt is run once and
     its cache repeated for its N rows, which generate leaves to its caller."""
     settings = dict(do_sample=sample, max_new_tokens=T, eos_token_id=stop)
     settings |= dict(temperature=1.0, top_p=1.0, top_k=0) if sample else {}
-    inputs = their_inputs(prompts)
     P = inputs["input_ids"].shape[1]
     with torch.no_grad():
         if kind != "prefix":
@@ -187,11 +186,12 @@ def bench_sampling(sizes, rounds: int):
         theirs, ours = make_networks(size)
         for pixels, patches in SIDES.items():
             prompts = make_prompts(4, patches)
+            inputs = their_inputs(prompts)
             check_sampling(theirs, ours, prompts)
             runs = {"ours": lambda: our_sampling(ours, prompts, N, T), "ours 1": lambda: our_sampling(ours, prompts, N, 1)}
             for kind in ("dynamic", "static", "prefix"):
-                runs[kind] = lambda kind=kind: their_sampling(theirs, prompts, N, T, kind)
-                runs[f"{kind} 1"] = lambda kind=kind: their_sampling(theirs, prompts, N, 1, kind)
+                runs[kind] = lambda kind=kind: their_sampling(theirs, inputs, N, T, kind)
+                runs[f"{kind} 1"] = lambda kind=kind: their_sampling(theirs, inputs, N, 1, kind)
             seconds = interleave(rounds, **runs)
             kinds = [name for name in runs if not name.endswith(" 1") and name != "ours"]
             less = lambda name: [whole - first for whole, first in zip(seconds[name], seconds[f"{name} 1"])]
@@ -201,7 +201,8 @@ def bench_sampling(sizes, rounds: int):
         if size == "small":
             stop = list(range(10, ours.config.text_config.vocab_size, 40))
             prompts, ours.stop_tokens = make_prompts(4, SIDES[840]), stop
-            runs = {kind: lambda kind=kind: their_sampling(theirs, prompts, N, T, kind, stop)
+            inputs = their_inputs(prompts)
+            runs = {kind: lambda kind=kind: their_sampling(theirs, inputs, N, T, kind, stop)
                     for kind in ("dynamic", "static", "prefix")}
             seconds = interleave(rounds, ours=lambda: our_sampling(ours, prompts, N, T), **runs)
             show(f"{size}, 840×840 image, 1 token in 40 ends", seconds.pop("ours"), seconds)
@@ -211,7 +212,7 @@ def check_sampling(theirs, ours, prompts, T: int = 16):
     """Greedy tokens are identical, and sampled log-probs those of transformers' forward."""
     greedy = our_sampling(ours, prompts, 1, T, greedy=True)
     for kind in ("dynamic", "static", "prefix"):
-        tokens = their_sampling(theirs, prompts, 1, T, kind, sample=False)
+        tokens = their_sampling(theirs, their_inputs(prompts), 1, T, kind, sample=False)
         same = torch.equal(tokens, torch.stack([completion.ids for [completion] in greedy]))
         assert same, f"greedy tokens differ from transformers' with {kind} cache"
     for prompt, [row] in zip(prompts, our_sampling(ours, prompts, 1, T)):

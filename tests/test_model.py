@@ -22,7 +22,7 @@ def reference_inputs(batch: model.PromptBatch) -> dict:
     attended = (torch.arange(batch.ids.shape[1]) < batch.lengths[:, None]).long()
     inputs = {"input_ids": batch.ids, "attention_mask": attended, "mm_token_type_ids": (batch.ids == IMAGE).int()}
     if len(batch.grid_thw):
-        inputs |= {"pixel_values": batch.pixels, "image_grid_thw": batch.grid_thw}
+        inputs |= {"pixel_values": torch.cat(batch.pixels), "image_grid_thw": batch.grid_thw}
     return inputs
 
 
