@@ -694,15 +694,16 @@ def sample_tokens(logits, uniform, greedy: bool = False, top_p: float = 1.0, top
     tokens = pick if candidates is None else candidates.gather(1, pick)
     return tokens[:, 0], probabilities.gather(1, pick).log()[:, 0]
 
-def draw(probabilities, uniform, block: int = 256) -> torch.Tensor:
+def draw(probabilities, uniform, block: int = 128) -> torch.Tensor:
     """The index (R, 1) at which the cumulative probabilities (R, V) pass uniform numbers (R, 1) in [0, 1).
 
     In a large vocabulary, first the block of tokens and then the token inside it: the float64 sum is slow.
     """
     R, V = probabilities.shape
-    if V <= 16 * block:
+    if V <= 32 * block:
         return invert(probabilities.cumsum(dim=-1, dtype=torch.float64), uniform)
-    blocks = F.pad(probabilities, (0, -V % block)).view(R, -1, block)
+    whole = probabilities if V % block == 0 else F.pad(probabilities, (0, -V % block))
+    blocks = whole.view(R, -1, block)
     sums = blocks.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64)  # (R, blocks)
     which = invert(sums, uniform)
     below = F.pad(sums, (1, 0)).gather(1, which)

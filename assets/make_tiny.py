@@ -165,7 +165,7 @@ def teach_seeing(network, tokenizer, batches, steps: int, learning_rate: float):
     to_box = torch.nn.Linear(128, 4 * 128)  # thrown away afterwards
 
     def loss(prompts, lessons):
-        pixels = torch.cat([prompt.pixels for prompt in prompts])
+        pixels = [prompt.pixels for prompt in prompts]
         features = network.visual(pixels, torch.cat([prompt.grid_thw for prompt in prompts]))
         shapes = [shape_at(prompt.sample.scene, cell) for prompt in prompts for cell in range(16)]
         there = torch.tensor([shape is not None for shape in shapes])
