@@ -62,27 +62,27 @@ class QwenVL(nn.Module):
     def head_weight(self) -> torch.Tensor:
         return (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight  # (V, D)
 
-    def forward(self, batch: "PromptBatch", completions, mask, temperature: float = 1.0) -> torch.Tensor:
+    def forward(self, batch: "PromptBatch", completions, mask, temperature: float = 1.0, expected=None) -> torch.Tensor:
         """Log-probs (B, N, T), float32, of completions (B, N, T) under softmax(logits / temperature).
 
-        mask (B, N, T) is True on the tokens that count; the others get 0. Forbidden tokens are left out of the softmax,
-        as in sampling. Each prompt is run once: its N completions attend to its keys and values, and their gradients
-        meet there.
+        mask (B, N, T) is True on the tokens that count; the others, which must follow them, get 0. Forbidden tokens are
+        left out of the softmax, as in sampling. Each prompt is run once: its N completions attend to its keys and
+        values, and their gradients meet there. `expected`: see TokenLogProbs.
         """
         B, N, T = completions.shape
-        P = batch.ids.shape[1]
-        inputs = completions[:, :, : T - 1]  # the token at t is predicted from position t-1: the last is never an input
-        after_prompt = batch.next_position[:, None, None] + torch.arange(T - 1, device=inputs.device)
-        positions = after_prompt.expand(B, N, T - 1).reshape(1, -1).expand(3, -1)
-        rotary = self.model.rotary(torch.cat([batch.positions.flatten(1), positions], dim=1))
-
-        x = torch.cat([self.embed_prompts(batch), self.model.embed_tokens(inputs.flatten())])  # (B*P + B*N*(T-1), D)
-        x = self.model(x, rotary, GroupAttention(batch.lengths, P, N, T - 1), self.checkpoint_activations)
+        P, real = batch.ids.shape[1], mask[:, :, 1:]  # the token at t is predicted from position t-1: one input less
+        after_prompt = batch.next_position[:, None, None] + torch.arange(T - 1, device=mask.device).expand(B, N, -1)
+        rotary = self.model.rotary(torch.cat([batch.positions.flatten(1), after_prompt[real].expand(3, -1)], dim=1))
+        x = self.embed(batch, completions[:, :, :-1][real])  # (B*P + n, D), n real inputs of completions
+        x = self.model(x, rotary, GroupAttention(batch.lengths, P, real), self.checkpoint_activations)
 
         last = last_states(x[: B * P].view(B, P, -1), batch.lengths)  # (B, D) predicts token 0
-        x = torch.cat([last[:, None, None].expand(-1, N, -1, -1), x[B * P :].view(B, N, T - 1, -1)], dim=2)
-        wanted = self.model.norm(x[mask])  # (M, D): the head never sees the other positions
-        values = token_log_probs(wanted, self.head_weight, completions[mask], temperature, self.forbidden_tokens)
+        states = x.new_zeros(B, N, T, x.shape[-1])
+        states[:, :, 0] = last[:, None]
+        states[:, :, 1:][real] = x[B * P :]
+        wanted = self.model.norm(states[mask])  # (M, D): the head never sees the other positions
+        values = token_log_probs(wanted, self.head_weight, completions[mask], temperature, self.forbidden_tokens,
+                                 expected=None if expected is None else expected[mask])
         return torch.zeros(mask.shape, device=values.device).masked_scatter(mask, values)
 
     def logits(self, batch: "PromptBatch") -> torch.Tensor:
@@ -93,16 +93,17 @@ class QwenVL(nn.Module):
         """Last layer's states (B, P, D) of the prompts alone; with a cache, their keys and values are kept there."""
         rotary = self.model.rotary(batch.positions.flatten(1))
         attend = GroupAttention(batch.lengths, batch.ids.shape[1], cache=cache)
-        return self.model(self.embed_prompts(batch), rotary, attend).view(*batch.ids.shape, -1)
+        return self.model(self.embed(batch), rotary, attend).view(*batch.ids.shape, -1)
 
-    def embed_prompts(self, batch: "PromptBatch") -> torch.Tensor:
-        """Token embeddings (B*P, D), with the vision tower's features in the image slots."""
-        ids = batch.ids.flatten()
-        x = self.model.embed_tokens(ids)
+    def embed(self, batch: "PromptBatch", more=None) -> torch.Tensor:
+        """Embeddings (B*P + n, D) of the prompts, with the vision tower's features in the image slots, and of n more
+        tokens. One call for all, because its gradient is as large as the embedding."""
+        prompts = batch.ids.flatten()
+        x = self.model.embed_tokens(prompts if more is None else torch.cat([prompts, more]))
         if len(batch.grid_thw) == 0:
             return x
-        features = self.visual(batch.pixels, batch.grid_thw)
-        return x.masked_scatter((ids == self.config.image_token_id)[:, None], features.to(x.dtype))
+        slots = (prompts == self.config.image_token_id).nonzero()[:, 0]
+        return x.index_copy(0, slots, self.visual(batch.pixels, batch.grid_thw).to(x.dtype))
 
 class LanguageModel(nn.Module):
     """Qwen2: pre-norm transformer with grouped-query attention and multimodal rotary positions."""
@@ -194,35 +195,41 @@ class Rotary:
 class GroupAttention:
     """Causal attention inside each prompt; each completion sees its own prompt and its own past.
 
-    Called as attend(layer, q, k, v) on flat tokens. Prompts are right-padded: under a causal mask no real token ever
-    sees the padding behind it, so prompts need no mask, only the completions that follow. With `cache`, the prompts'
-    keys and values are kept for decoding.
+    Called as attend(layer, q, k, v) on flat tokens: B*P of prompts, then those of completions that are True in `real`
+    (B, N, T). Prompts are right-padded: under a causal mask no real token ever sees the padding behind it, so prompts
+    need no mask, only the completions that follow. With `cache`, the prompts' keys and values are kept for decoding.
     """
 
-    def __init__(self, lengths, P: int, N: int = 0, T: int = 0, cache: "KVCache | None" = None):
-        self.B, self.P, self.N, self.T, self.cache = len(lengths), P, N, T, cache
-        if N * T:
+    def __init__(self, lengths, P: int, real=None, cache: "KVCache | None" = None):
+        self.B, self.P, self.cache, self.real = len(lengths), P, cache, None
+        if real is not None and real.any():
+            B, self.N, T = real.shape
             prompt = torch.arange(P, device=lengths.device) < lengths[:, None]  # (B, P) True = a real prompt token
             causal = torch.ones(T, T, dtype=torch.bool, device=lengths.device).tril()
-            mask = torch.cat([prompt[:, None].expand(-1, T, -1), causal.expand(self.B, -1, -1)], dim=-1)
-            self.mask = mask.repeat_interleave(N, dim=0)[:, None]  # (B*N, 1, T, P+T) True = may be seen
+            mask = torch.cat([prompt[:, None].expand(-1, T, -1), causal.expand(B, -1, -1)], dim=-1)
+            self.mask = mask.repeat_interleave(self.N, dim=0)[:, None]  # (B*N, 1, T, P+T) True = may be seen
+            self.real = real.flatten(0, 1)  # (B*N, T)
 
     def __call__(self, layer: int, q, k, v) -> torch.Tensor:
-        B, P, N, T = self.B, self.P, self.N, self.T
+        B, P = self.B, self.P
         prompt_q, prompt_k, prompt_v = (x[: B * P].unflatten(0, (B, P)).transpose(1, 2) for x in (q, k, v))
         if self.cache is not None:
             self.cache.store_prompts(layer, prompt_k, prompt_v)
         out = F.scaled_dot_product_attention(prompt_q, prompt_k, prompt_v, is_causal=True, enable_gqa=True)
         out = out.transpose(1, 2).flatten(0, 1)  # (B*P, H, E)
-        if not N * T:
+        if self.real is None:
             return out
-        own_q, own_k, own_v = (x[B * P :].unflatten(0, (B * N, T)).transpose(1, 2) for x in (q, k, v))
+        own_q, own_k, own_v = (self.pad(x[B * P :]).transpose(1, 2) for x in (q, k, v))  # (B*N, heads, T, E)
         # Grouped heads make keys and values small, so each completion gets a copy of its prompt's: autograd adds the
         # copies' gradients up, and one fused attention call serves the group.
-        keys = torch.cat([prompt_k.repeat_interleave(N, dim=0), own_k], dim=2)  # (B*N, K, P+T, E)
-        values = torch.cat([prompt_v.repeat_interleave(N, dim=0), own_v], dim=2)
+        keys = torch.cat([prompt_k.repeat_interleave(self.N, dim=0), own_k], dim=2)  # (B*N, K, P+T, E)
+        values = torch.cat([prompt_v.repeat_interleave(self.N, dim=0), own_v], dim=2)
         own = F.scaled_dot_product_attention(own_q, keys, values, attn_mask=self.mask, enable_gqa=True)
-        return torch.cat([out, own.transpose(1, 2).flatten(0, 1)])
+        return torch.cat([out, own.transpose(1, 2)[self.real]])
+
+    def pad(self, x) -> torch.Tensor:
+        """Tokens of completions (n, heads, E) -> (B*N, T, heads, E): only here does padding cost anything."""
+        return x.new_zeros(*self.real.shape, *x.shape[1:]).index_put((self.real,), x)
 
 class KVCache:
     """Keys and values while decoding: each prompt's once, and a preallocated stretch for each of its N rows.
@@ -491,46 +498,59 @@ def pad_completions(groups) -> tuple[torch.Tensor, torch.Tensor]:
 
 # ---- Log-probs without the logits of a whole batch in memory ---------------------------------------------------------
 
-def token_log_probs(hidden, weight, targets, temperature: float = 1.0, forbidden=(), chunk: int = 256) -> torch.Tensor:
+def token_log_probs(hidden, weight, targets, temperature: float = 1.0, forbidden=(), chunk: int = 256,
+                    expected=None) -> torch.Tensor:
     """log softmax(hidden @ weight.T / temperature)[targets], (M,) float32, of hidden (M, D), weight (V, D).
 
-    Works through `chunk` rows at a time, forward and backward, so that memory does not grow with M * V.
+    Works through `chunk` rows at a time, forward and backward, so that memory does not grow with M * V. `expected` (M,)
+    is what the gradient of the loss by the log-probs will be, where that is known beforehand: see TokenLogProbs.
     """
     forbidden = torch.tensor(forbidden, dtype=torch.long, device=hidden.device)
-    return TokenLogProbs.apply(hidden, weight, targets, temperature, forbidden, chunk)
+    return TokenLogProbs.apply(hidden, weight, targets, expected, (temperature, forbidden, chunk))
 
 class TokenLogProbs(torch.autograd.Function):
-    """Keeps one number a token (log Z) for the backward pass, which computes each chunk's logits once more."""
+    """Keeps no logits for the backward pass, which therefore computes them once more.
+
+    Not so with `expected`: for one update per sampling, as for cross-entropy, the gradient that will arrive is known in
+    advance. Then a single pass computes log-probs and gradients, and backward only checks that the guess was right.
+    """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, forbidden, chunk):
-        ctx.settings = temperature, forbidden, chunk
-        values, log_z = hidden.new_empty(2, len(hidden), dtype=torch.float32)
-        space = hidden.new_empty(min(chunk, len(hidden)), len(weight), dtype=torch.float32)
-        for start in range(0, len(hidden), chunk):
-            part = slice(start, start + chunk)
-            logits = scaled_logits(hidden[part], weight, temperature, forbidden, space)  # (chunk, V)
-            values[part] = logits.gather(1, targets[part, None])[:, 0]
-            top = logits.amax(dim=-1)
-            log_z[part] = logits.sub_(top[:, None]).exp_().sum(dim=-1).log() + top  # logsumexp without a second chunk
-        ctx.save_for_backward(hidden, weight, targets, log_z)
-        return values - log_z
+    def forward(ctx, hidden, weight, targets, expected, settings):
+        ctx.settings, ctx.expected = settings, expected
+        ctx.save_for_backward(hidden, weight, targets)
+        values, *ctx.gradients = log_probs_by_chunk(hidden, weight, targets, *settings, grad=expected)
+        return values
 
     @staticmethod
     def backward(ctx, grad):
-        hidden, weight, targets, log_z = ctx.saved_tensors
-        temperature, forbidden, chunk = ctx.settings
+        guess, gradients, ctx.expected = ctx.expected, ctx.gradients, None
+        if guess is None or not torch.allclose(grad, guess, rtol=1e-5, atol=0):
+            _, *gradients = log_probs_by_chunk(*ctx.saved_tensors, *ctx.settings, grad=grad)
+        ctx.gradients = None
+        return *gradients, None, None, None
+
+def log_probs_by_chunk(hidden, weight, targets, temperature, forbidden, chunk, grad=None):
+    """Log-probs (M,), and the gradients of hidden (M, D) and weight (V, D) if that of the log-probs (M,) is given."""
+    values = hidden.new_empty(len(hidden), dtype=torch.float32)
+    grad_hidden = grad_weight = None
+    if grad is not None:
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
-        space = grad_weight.new_empty(min(chunk, len(hidden)), len(weight))
-        for start in range(0, len(hidden), chunk):
-            part = slice(start, start + chunk)
-            logits = scaled_logits(hidden[part], weight, temperature, forbidden, space)
-            g = (grad[part] / temperature)[:, None]
-            d_logits = logits.sub_(log_z[part, None]).exp_().mul_(-g)  # -g * softmax ...
-            d_logits = d_logits.scatter_add_(1, targets[part, None], g).to(weight.dtype)  # ... + g at the target
+    space = values.new_empty(min(chunk, len(hidden)), len(weight))
+    for start in range(0, len(hidden), chunk):
+        part = slice(start, start + chunk)
+        h, target = hidden[part], targets[part, None]
+        logits = scaled_logits(h, weight, temperature, forbidden, space)  # (chunk, V)
+        at_target, top = logits.gather(1, target), logits.amax(dim=-1, keepdim=True)
+        exp = logits.sub_(top).exp_()  # in place: a second chunk of this size would be much memory
+        total = exp.sum(dim=-1, keepdim=True)
+        values[part] = (at_target - top - total.log())[:, 0]
+        if grad is not None:
+            g = grad[part, None] / temperature
+            d_logits = exp.mul_(-g / total).scatter_add_(1, target, g).to(weight.dtype)  # g * (one-hot - softmax)
             grad_hidden[part] = d_logits @ weight
-            add_product(grad_weight, d_logits.T, hidden[part])
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+            add_product(grad_weight, d_logits.T, h)
+    return values, grad_hidden, None if grad is None else grad_weight.to(weight.dtype)
 
 def scaled_logits(hidden, weight, temperature: float, forbidden, space=None) -> torch.Tensor:
     """Float32 logits (M, V) / temperature with forbidden tokens at -inf: the one definition of the policy's softmax.

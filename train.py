@@ -178,24 +178,22 @@ def update(run: Run, groups: list[Group], advantages: torch.Tensor) -> dict:
     tokens = sum(len(ids) for group in groups for ids in group.ids)
     total = tokens if config.average == "token" else advantages.numel()  # of the whole batch, however it is cut
     useful = [i for i in range(len(groups)) if advantages[i].any()]
+    useful.sort(key=lambda i: max(map(len, groups[i].ids)))  # groups of similar length share a piece: little padding
     pieces = [useful[i : i + config.micro_batch_size] for i in range(0, len(useful), config.micro_batch_size)]
     pieces = [make_piece(run, [groups[i] for i in piece], advantages[piece]) for piece in pieces]
-    forward = lambda batch, ids, mask, A: run.network(batch, ids, mask, config.temperature)  # log-probs (b, N, T)
     with torch.no_grad():  # with a single iteration, the policy that is updated is the one that sampled
-        old = [forward(*piece) if config.num_iterations > 1 else None for piece in pieces]
+        old = [run.network(*piece[:3], config.temperature) if config.num_iterations > 1 else None for piece in pieces]
 
     metrics = {"loss": 0.0, "grad_norm": 0.0, "clipped": 0.0, "kl": 0.0}
-    for _ in range(config.num_iterations if pieces else 0):
+    for iteration in range(config.num_iterations if pieces else 0):
         run.optimizer.zero_grad(set_to_none=True)
-        for piece, before in zip(pieces, old):
-            *_, mask, A = piece
-            logprobs = forward(*piece)
-            if config.method == "sft":
-                loss, stats = visurf.sft_loss(logprobs, mask, config.average, total), {}
-            else:
-                before = logprobs.detach() if before is None else before
-                clip = config.epsilon, config.epsilon_high or config.epsilon
-                loss, stats = visurf.policy_loss(logprobs, before, A, mask, *clip, config.ratio, config.average, total)
+        for (batch, ids, mask, A), before in zip(pieces, old):
+            guess = torch.zeros(mask.shape, device=mask.device, requires_grad=True)
+            loss_of(config, guess, guess.detach(), A, mask, total)[0].backward()  # its gradient while the ratio is 1
+            expected = guess.grad if iteration == 0 else None
+            logprobs = run.network(batch, ids, mask, config.temperature, expected)  # (b, N, T)
+            before = logprobs.detach() if before is None else before
+            loss, stats = loss_of(config, logprobs, before, A, mask, total)
             loss.backward()
             metrics["loss"] += loss.item() / config.num_iterations
             for name, value in stats.items():  # means over a piece's tokens -> mean over the batch's
@@ -207,6 +205,13 @@ def update(run: Run, groups: list[Group], advantages: torch.Tensor) -> dict:
         else:  # this update is dropped and counted, and the run goes on
             run.not_finite += 1
     return metrics
+
+def loss_of(config: Config, logprobs, old, A, mask, total) -> tuple[torch.Tensor, dict]:
+    """The method's loss on some groups, divided by the whole batch's `total`, and what policy_loss tells about it."""
+    if config.method == "sft":
+        return visurf.sft_loss(logprobs, mask, config.average, total), {}
+    clip = config.epsilon, config.epsilon_high or config.epsilon
+    return visurf.policy_loss(logprobs, old, A, mask, *clip, config.ratio, config.average, total)
 
 def make_piece(run: Run, groups: list[Group], advantages):
     """The tensors of a few groups: prompts, completions (b, N, T), their mask, advantages (b, N)."""

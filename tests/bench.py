@@ -138,7 +138,7 @@ def our_loss(network, prompt, completions):
     """The same of our network, in one pass for the group."""
     batch = model.PromptBatch.from_prompts([prompt], network.config)
     mask = torch.ones(1, *completions.shape, dtype=torch.bool)
-    loss = network(batch, completions[None], mask).mean()
+    loss = network(batch, completions[None], mask, expected=mask / mask.sum()).mean()
     loss.backward()
     return loss.item()
 
