@@ -11,6 +11,7 @@ highest of the rounds). Nothing here is a test: no duration is asserted anywhere
 """
 
 import argparse
+import ctypes
 import gc
 import os
 import platform
@@ -145,17 +146,33 @@ def our_loss(network, prompt, completions):
 
 # ---- Timing ----------------------------------------------------------------------------------------------------------
 
-def interleave(rounds: int, **functions) -> dict:
-    """Seconds of each function, (rounds,) each: all of them in turn, round after round, after one uncounted round."""
-    seconds = {name: [] for name in functions}
-    for round in range(rounds + 1):
-        for name, function in functions.items():
-            gc.collect()
-            start = time.perf_counter()
-            function()
-            if round:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+def seconds(function) -> float:
+    """Wall time of one call; on a GPU until it has finished."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def race(rounds: int, contestants: dict) -> dict:
+    """{what: {name: seconds of each round}} of contestants {name: function -> {what: seconds}}, all of them in turn.
+
+    One round comes first and is not counted; who is 1.3 times slower in it than the fastest rival of "ours", in
+    everything, does not run again.
+    """
+    first = {name: function() for name, function in contestants.items()}
+    best = {what: min(first[name][what] for name in first if name != "ours") for what in first["ours"]}
+    names = [name for name in first if name == "ours" or any(first[name][w] < 1.3 * best[w] for w in best)]
+    results = {what: {name: [] for name in names} for what in best}
+    for _ in range(rounds):
+        for name in names:
+            for what, value in contestants[name]().items():
+                results[what][name].append(value)
+    return results
 
 
 def spread(values, form="{:.2f}") -> str:
@@ -163,13 +180,24 @@ def spread(values, form="{:.2f}") -> str:
     return f"{form} ({form}–{form})".format(statistics.median(values), min(values), max(values))
 
 
-def show(what: str, ours: list, theirs: dict):
-    """One row of the table: our seconds, those of the other side's fastest setting, and the ratio."""
-    best = min(theirs, key=lambda name: statistics.median(theirs[name]))
-    print('   ', {k: round(statistics.median(v), 3) for k, v in theirs.items()})
-    ratios = [b / a for a, b in zip(ours, theirs[best])]
-    print(f"| {what} | {statistics.median(ours):.3g} | {statistics.median(theirs[best]):.3g} ({best}) | "
-          f"**{spread(ratios)}×** |", flush=True)
+def show(what: str, ours: list, rivals: dict):
+    """One row: our seconds, those of the other side's fastest setting, and the ratio round by round."""
+    best = min(rivals, key=lambda name: statistics.median(rivals[name]))
+    ratios = [b / a for a, b in zip(ours, rivals[best])]
+    print(f"| {what} | {statistics.median(ours):.3g} | {statistics.median(rivals[best]):.3g} ({best}) | "
+          f"{spread(ratios)}× |", flush=True)
+
+
+def show_race(results: dict, what: str, by_hand: str):
+    """Rows of a race: against what transformers offers, and against what its user could add by hand (a name in
+    `by_hand`)."""
+    for part, times in results.items():
+        ours = times.pop("ours")
+        label = f"{what}, {part}" if part else what
+        offered = {name: values for name, values in times.items() if by_hand not in name}
+        added = {name: values for name, values in times.items() if by_hand in name}
+        for rivals in filter(None, (offered, added)):
+            show(label, ours, rivals)
 
 
 def header(title: str):
@@ -177,6 +205,9 @@ def header(title: str):
 
 
 # ---- Sections --------------------------------------------------------------------------------------------------------
+
+CACHES = "dynamic", "static", "prefix"
+
 
 def bench_sampling(sizes, rounds: int):
     """4 prompts x 8 rollouts, 128 new tokens; decoding alone is the time of 128 tokens less that of 1."""
@@ -188,38 +219,35 @@ def bench_sampling(sizes, rounds: int):
             prompts = make_prompts(4, patches)
             inputs = their_inputs(prompts)
             check_sampling(theirs, ours, prompts)
-            runs = {"ours": lambda: our_sampling(ours, prompts, N, T), "ours 1": lambda: our_sampling(ours, prompts, N, 1)}
-            for kind in ("dynamic", "static", "prefix"):
-                runs[kind] = lambda kind=kind: their_sampling(theirs, inputs, N, T, kind)
-                runs[f"{kind} 1"] = lambda kind=kind: their_sampling(theirs, inputs, N, 1, kind)
-            seconds = interleave(rounds, **runs)
-            kinds = [name for name in runs if not name.endswith(" 1") and name != "ours"]
-            less = lambda name: [whole - first for whole, first in zip(seconds[name], seconds[f"{name} 1"])]
-            what = f"{size}, {pixels}×{pixels} image"
-            show(f"{what}, whole", seconds["ours"], {kind: seconds[kind] for kind in kinds})
-            show(f"{what}, decoding alone", less("ours"), {kind: less(kind) for kind in kinds})
+
+            def both(sample):
+                whole = seconds(lambda: sample(T))
+                return {"whole": whole, "decoding alone": whole - seconds(lambda: sample(1))}
+
+            contestants = {"ours": lambda: both(lambda t: our_sampling(ours, prompts, N, t))} | {
+                kind: lambda kind=kind: both(lambda t: their_sampling(theirs, inputs, N, t, kind)) for kind in CACHES}
+            show_race(race(rounds, contestants), f"{size}, {pixels}×{pixels} image", "prefix")
         if size == "small":
             stop = list(range(10, ours.config.text_config.vocab_size, 40))
             prompts, ours.stop_tokens = make_prompts(4, SIDES[840]), stop
             inputs = their_inputs(prompts)
-            runs = {kind: lambda kind=kind: their_sampling(theirs, inputs, N, T, kind, stop)
-                    for kind in ("dynamic", "static", "prefix")}
-            seconds = interleave(rounds, ours=lambda: our_sampling(ours, prompts, N, T), **runs)
-            show(f"{size}, 840×840 image, 1 token in 40 ends", seconds.pop("ours"), seconds)
+            contestants = {"ours": lambda: {"": seconds(lambda: our_sampling(ours, prompts, N, T))}} | {
+                kind: lambda kind=kind: {"": seconds(lambda: their_sampling(theirs, inputs, N, T, kind, stop))}
+                for kind in CACHES}
+            show_race(race(rounds, contestants), f"{size}, 840×840 image, 1 token in 40 ends", "prefix")
 
 
 def check_sampling(theirs, ours, prompts, T: int = 16):
     """Greedy tokens are identical, and sampled log-probs those of transformers' forward."""
     greedy = our_sampling(ours, prompts, 1, T, greedy=True)
-    for kind in ("dynamic", "static", "prefix"):
+    for kind in CACHES:
         tokens = their_sampling(theirs, their_inputs(prompts), 1, T, kind, sample=False)
         same = torch.equal(tokens, torch.stack([completion.ids for [completion] in greedy]))
         assert same, f"greedy tokens differ from transformers' with {kind} cache"
     for prompt, [row] in zip(prompts, our_sampling(ours, prompts, 1, T)):
-        inputs = their_inputs([prompt], row.ids[None, :-1])
         theirs.model.rope_deltas = None
         with torch.no_grad():
-            logits = theirs(**inputs, logits_to_keep=T, use_cache=False).logits[0]
+            logits = theirs(**their_inputs([prompt], row.ids[None, :-1]), logits_to_keep=T, use_cache=False).logits[0]
         expected = logits.log_softmax(-1).gather(1, row.ids[:, None])[:, 0]
         assert (row.logprobs - expected).abs().max() < 1e-4
 
@@ -231,17 +259,19 @@ def bench_update(sizes, rounds: int):
         theirs, ours = make_networks(size)
         for pixels, T in ((840, 64), (840, 256), (224, 64)):
             [prompt] = make_prompts(1, SIDES[pixels])
-            completions = torch.randint(10, 1000, (9, T), generator=torch.Generator().manual_seed(0))
+            completions = random_completions(9, T)
             check_update(theirs, ours, prompt, completions)
-            seconds = interleave(rounds, ours=lambda: our_loss(ours, prompt, completions), **{
-                f"{rows} rows": lambda rows=rows: their_loss(theirs, prompt, completions, "each", rows)
-                for rows in (1, 3, 9)}, **{
-                f"vision once, {rows} rows": lambda rows=rows: their_loss(theirs, prompt, completions, "once", rows)
-                for rows in (1, 9)})
-            own = seconds.pop("ours")
-            what = f"{size}, {pixels}×{pixels} image, {T} tokens"
-            show(what, own, {name: values for name, values in seconds.items() if "once" not in name})
-            show(f"{what}, vision once", own, {name: values for name, values in seconds.items() if "once" in name})
+            contestants = {"ours": lambda: {"": seconds(lambda: our_loss(ours, prompt, completions))}}
+            for rows in (1, 3, 9):
+                contestants[f"{rows} rows at a time"] = lambda rows=rows: {
+                    "": seconds(lambda: their_loss(theirs, prompt, completions, "each", rows))}
+                contestants[f"{rows} rows, vision once"] = lambda rows=rows: {
+                    "": seconds(lambda: their_loss(theirs, prompt, completions, "once", rows))}
+            show_race(race(rounds, contestants), f"{size}, {pixels}×{pixels} image, {T} tokens", "vision once")
+
+
+def random_completions(N: int, T: int) -> torch.Tensor:
+    return torch.randint(10, 1000, (N, T), generator=torch.Generator().manual_seed(0))
 
 
 def check_update(theirs, ours, prompt, completions):
@@ -256,7 +286,137 @@ def check_update(theirs, ours, prompt, completions):
         assert abs(norm(ours) - norm(theirs)) < 1e-4 * norm(theirs), (norm(ours), norm(theirs))
 
 
-SECTIONS = {"sampling": bench_sampling, "update": bench_update}
+def bench_step(sizes, rounds: int):
+    """A whole step: rollouts, random rewards with a label injected, ViSurf's loss, backward, AdamW."""
+    header("(c) a whole step, 4 prompts × 8 rollouts × 64 tokens and their labels, 840×840")
+    G, T = 8, 64
+    for size in sizes:
+        theirs, ours = make_networks(size)
+        prompts = make_prompts(4, SIDES[840])
+        inputs, labels = their_inputs(prompts), random_completions(len(prompts), T)
+        rewards = torch.rand(len(prompts), G, generator=torch.Generator().manual_seed(0))
+        advantages = visurf.visurf_advantages(rewards, {"accuracy": torch.ones(len(prompts))})  # (4, 9)
+        total = advantages.numel() * T
+        optimizers = {side: torch.optim.AdamW(side.parameters(), 1e-6) for side in (theirs, ours)}
+
+        def our_step():
+            groups = [[row.ids for row in group] for group in our_sampling(ours, prompts, G, T)]
+            for prompt, ids, label, A in zip(prompts, groups, labels, advantages):
+                ids, mask = model.pad_completions([[*ids, label]])
+                batch = model.PromptBatch.from_prompts([prompt], ours.config)
+                logprobs = ours(batch, ids, mask, 1.0, -A[None, :, None].expand(mask.shape) / total)
+                visurf.policy_loss(logprobs, logprobs.detach(), A[None], mask, total=total)[0].backward()
+            optimizers[ours].step()
+            optimizers[ours].zero_grad()
+
+        def their_step(kind, rows):
+            sampled = their_sampling(theirs, inputs, G, T, kind).clamp(min=10)  # an image token would need an image
+            sampled = sampled.view(len(prompts), G, T)
+            for prompt, ids, label, A in zip(prompts, sampled, labels, advantages):
+                members = torch.cat([ids, label[None]])
+                for part, a in zip(members.split(rows), A.split(rows)):
+                    theirs.model.rope_deltas = None
+                    batch = their_inputs([prompt] * len(part), part[:, :-1])
+                    logits = theirs(**batch, logits_to_keep=T, use_cache=False).logits
+                    logprobs = logits.log_softmax(-1).gather(2, part[..., None])[..., 0]
+                    mask = torch.ones_like(part, dtype=torch.bool)
+                    visurf.policy_loss(logprobs, logprobs.detach(), a, mask, total=total)[0].backward()
+            optimizers[theirs].step()
+            optimizers[theirs].zero_grad()
+
+        contestants = {"ours": lambda: {"": seconds(our_step)}}
+        for kind, rows in (("dynamic", 3), ("static", 1), ("static", 3), ("static", 9)):
+            contestants[f"{kind} cache, {rows} rows at a time"] = lambda kind=kind, rows=rows: {
+                "": seconds(lambda: their_step(kind, rows))}
+        show_race(race(rounds, contestants), size, "by hand")
+
+
+def bench_memory(sizes, rounds: int):
+    """Peak memory above weights and gradients, of the loss alone and of a whole group's pass, by vocabulary."""
+    N, T = 9, 256
+    print(f"\n(d) Peak memory above weights and gradients, MiB. Loss alone: log-probs of {N}×{T} tokens from hidden states\n"
+          "of width 512, and backward. Pass: prompt 930, the large network; without head: the loss is a sum of states.")
+    print("\n| vocabulary | loss, ours | loss, full logits | ratio | pass, ours | without head | head adds | T = 64 | "
+          "N·T fit |\n|---:|---:|---:|---:|---:|---:|---:|---:|---:|", flush=True)
+    [prompt] = make_prompts(1, SIDES[840])
+    for vocabulary in (1024, 151_936):
+        hidden = torch.randn(N * T, 512, requires_grad=True)
+        weight = (0.02 * torch.randn(vocabulary, 512)).requires_grad_()
+        hidden.grad, weight.grad = torch.zeros_like(hidden), torch.zeros_like(weight)
+        targets = random_completions(1, N * T)[0]
+        expected = torch.full(targets.shape, 1 / len(targets))
+        full = lambda: (hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None]).mean().backward()
+        chunked = lambda: model.token_log_probs(hidden, weight, targets, expected=expected).mean().backward()
+        loss, loss_full = peak_memory(chunked), peak_memory(full)
+
+        _, ours = make_networks("large", vocab_size=vocabulary)
+        for parameter in ours.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        passes = {t: peak_memory(lambda: our_loss(ours, prompt, random_completions(N, t))) for t in (64, 128, 256)}
+        slope = (passes[256] - passes[64]) / (192 * N)
+        bend = abs(passes[128] - (passes[64] + slope * 64 * N)) / passes[128]
+        batch = model.PromptBatch.from_prompts([prompt], ours.config)
+        keep, model.token_log_probs = model.token_log_probs, lambda hidden, *_, **__: hidden.float().sum(dim=1)
+        mask = torch.ones(1, N, T, dtype=torch.bool)
+        bare = peak_memory(lambda: ours(batch, random_completions(N, T)[None], mask).mean().backward())
+        model.token_log_probs = keep
+        print(f"| {vocabulary:,} | {loss:.0f} | {loss_full:.0f} | 1/{loss_full / loss:.1f} | {passes[256]:.0f} | {bare:.0f} | "
+              f"{passes[256] / bare - 1:.0%} | {passes[64]:.0f} | {slope * 1024:.0f} KiB a token, off by {bend:.1%} |",
+              flush=True)
+
+
+def peak_memory(function) -> float:
+    """MiB that the process grows at most while the function runs a second time (Linux; large blocks are returned)."""
+    function()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    read = lambda name: int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) / 1024
+    before = read("VmRSS")
+    function()
+    return read("VmHWM") - before
+
+
+def bench_growth(sizes, rounds: int):
+    """Time of the small network against each size, all else fixed; the exponent is the slope in log-log."""
+    _, ours = make_networks("small")
+    print("\n(e) Growth, small network. Fixed unless varied: 4 prompts × 8 rollouts × 64 tokens, 900 image tokens; update:\n"
+          "one group of 9 × 64 tokens. Fit: seconds = a + b·x, off by at most the share of the longest time given last.")
+    print("\n| varied | values | seconds | exponent | fit |\n|---|---|---|---:|---|", flush=True)
+    median = lambda function: statistics.median(seconds(function) for _ in range(rounds + 1))
+
+    def line(what, values, measure):
+        measure(values[0])
+        times = [measure(value) for value in values]
+        x, y = torch.tensor(values, dtype=torch.double), torch.tensor(times, dtype=torch.double)
+        exponent = torch.linalg.lstsq(torch.stack([x.log(), torch.ones_like(x)], 1), y.log()[:, None]).solution[0].item()
+        a, b = torch.linalg.lstsq(torch.stack([torch.ones_like(x), x], 1), y[:, None]).solution[:, 0].tolist()
+        off = (y - a - b * x).abs().max() / y.max()
+        print(f"| {what} | {', '.join(map(str, values))} | {', '.join(f'{t:.3g}' for t in times)} | {exponent:.2f} | "
+              f"{a:.2g} + {b:.2g}·x, {off:.0%} |", flush=True)
+
+    prompts = {patches: make_prompts(4, patches) for patches in (16, 32, 60, 100)}
+    sides = {(side // 2) ** 2: side for side in prompts}
+    sample = lambda count=4, N=8, T=64, side=60: median(lambda: our_sampling(ours, (prompts[side] * 4)[:count], N, T))
+    line("sampling, group size", [2, 4, 8, 16, 32], lambda N: sample(N=N))
+    line("sampling, completion length", [64, 128, 256, 512, 1024], lambda T: sample(T=T))
+    line("sampling, prompts", [1, 2, 4, 8, 16], lambda count: sample(count))
+    line("sampling, image tokens", list(sides), lambda tokens: sample(side=sides[tokens]))
+
+    def tower(side):
+        batch = model.PromptBatch.from_prompts(prompts[side], ours.config)
+        with torch.inference_mode():
+            return median(lambda: ours.visual(batch.pixels, batch.grid_thw))
+
+    line("of which the vision tower", list(sides), lambda tokens: tower(sides[tokens]))
+    update = lambda N=9, T=64, side=60: median(lambda: our_loss(ours, prompts[side][0], random_completions(N, T)))
+    line("update, group size N", [2, 4, 8, 16, 32], lambda N: update(N=N))
+    line("update, completion length T", [64, 128, 256, 512, 1024], lambda T: update(T=T))
+    line("update, image tokens", list(sides), lambda tokens: update(side=sides[tokens]))
+
+
+SECTIONS = {"sampling": bench_sampling, "update": bench_update, "step": bench_step, "memory": bench_memory,
+            "growth": bench_growth}
 
 
 def main():
@@ -266,8 +426,11 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
+    if unknown := set(options.sections) - set(SECTIONS):
+        parser.error(f"no section {unknown.pop()}: there are {', '.join(SECTIONS)}")
     torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
           f"transformers {transformers.__version__}, float32, {options.rounds} rounds")
     for name in options.sections:
