@@ -263,7 +263,7 @@ class KVCache:
             self.used = self.t + 1
         grown = self.t >= self.used
         if grown:
-            self.used = min(max(32, 2 * self.used), self.max_tokens)
+            self.used = min(max(64, 2 * self.used), self.max_tokens)
         if self.t == 0 or grown:
             self.make_mask()
         if self.fixed:
@@ -577,9 +577,6 @@ def add_product(total, a, b):
     else:
         total += product(a, b)
 
-# A GPU would wait for the CPU's decisions after every token; on a CPU they cost nothing.
-LOOK_EVERY = {"cpu": 1, "cuda": 8}  # tokens between two looks for finished rows
-
 # ---- Sampling --------------------------------------------------------------------------------------------------------
 
 @dataclass
@@ -599,17 +596,35 @@ def generate(network: QwenVL, prompts, num_generations: int = 1, max_new_tokens:
     else is in the batch. Rows that have finished leave the batch. Each prompt is run once (prefill). With `cuda_graph`,
     which changes nothing but the time, a GPU replays the decoding step instead of launching its kernels one by one.
     """
-    B, N = len(prompts), num_generations
-    uniform = uniform_draws(seeds or range(B), N, max_new_tokens).to(network.head_weight.device)
-    with torch.inference_mode():  # no_grad, and a little faster for small operations
-        decoder = Decoder(network, prompts, N, max_new_tokens, cuda_graph)
-        ids, logprobs = sample_rows(decoder, uniform, temperature, top_p, top_k)
-    ids, logprobs = ids.clone().cpu(), logprobs.clone().cpu()  # cloned: fit for autograd again
-    ended = torch.isin(ids, torch.tensor(network.stop_tokens))  # (max_new_tokens, B*N)
-    finished = ended.any(dim=0).tolist()
-    length = [int(ended[:, r].int().argmax()) + 1 if finished[r] else max_new_tokens for r in range(B * N)]
-    rows = [Completion(ids[:n, r], logprobs[:n, r], finished[r]) for r, n in enumerate(length)]
-    return [rows[b * N : (b + 1) * N] for b in range(B)]
+    seeds, groups = list(seeds or range(len(prompts))), [None] * len(prompts)
+    for batch in similar_lengths([len(prompt.ids) for prompt in prompts]):
+        uniform = uniform_draws([seeds[i] for i in batch], num_generations, max_new_tokens)
+        with torch.inference_mode():  # no_grad, and a little faster for small operations
+            decoder = Decoder(network, [prompts[i] for i in batch], num_generations, max_new_tokens, cuda_graph)
+            ids, logprobs = sample_rows(decoder, uniform.to(network.head_weight.device), temperature, top_p, top_k)
+        ids, logprobs = ids.cpu().clone(), logprobs.cpu().clone()  # cloned: fit for autograd again
+        ended = torch.isin(ids, torch.tensor(network.stop_tokens))  # (max_new_tokens, B*N)
+        rows = []
+        for r, finished in enumerate(ended.any(dim=0).tolist()):
+            length = int(ended[:, r].int().argmax()) + 1 if finished else max_new_tokens
+            rows.append(Completion(ids[:length, r], logprobs[:length, r], finished))
+        for place, i in enumerate(batch):
+            groups[i] = rows[place * num_generations : (place + 1) * num_generations]
+    return groups
+
+def similar_lengths(lengths: list[int]) -> list[list[int]]:
+    """Indices in batches, from the shortest on, whose longest is at most twice as long as their shortest: less padding
+    would cost more batches, and a step of decoding costs nearly the same for few rows as for many."""
+    batches = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if not batches or lengths[i] > 2 * lengths[batches[-1][0]]:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
+
+# On a GPU, a look at what has finished waits for the device, and dropping it means to capture another graph.
+LOOK_EVERY = {"cpu": 1, "cuda": 8}  # tokens from one look for finished rows to the next
+DROP_BELOW = {"cpu": 0.8, "cuda": 0.5}  # finished rows are dropped when the slots can shrink to this share
 
 def sample_rows(decoder: "Decoder", uniform, temperature: float, top_p: float, top_k: int):
     """Token ids and log-probs, (max_new_tokens, B*N) each; what follows a row's end token means nothing."""
@@ -629,7 +644,7 @@ def sample_rows(decoder: "Decoder", uniform, temperature: float, top_p: float, t
         if t % LOOK_EVERY[device.type] == 0:
             if not alive.any():
                 break
-            keep = rows_worth_keeping(alive.view(cache.B, cache.N))
+            keep = rows_worth_keeping(alive.view(cache.B, cache.N), DROP_BELOW[device.type])
             if keep is not None:
                 decoder.keep(*keep)
                 tokens, alive, row = (x[keep[1].flatten()] for x in (tokens, alive, row))
@@ -644,11 +659,12 @@ class Decoder:
     shape has changed runs eagerly, which is also the warm-up that capturing needs.
     """
 
-    def __init__(self, network: QwenVL, prompts, N: int, max_tokens: int, capture: bool = True):
+    def __init__(self, network: QwenVL, prompts, N: int, max_tokens: int, cuda_graph: bool = True):
         self.network, self.graph = network, None
         self.batch = PromptBatch.from_prompts(prompts, network.config, network.head_weight.device)
-        self.capture = capture and network.head_weight.is_cuda
-        self.cache = KVCache(network.config.text_config.num_hidden_layers, self.batch.lengths, N, max_tokens, self.capture)
+        self.captures = self.can_capture(cuda_graph)
+        layers = network.config.text_config.num_hidden_layers
+        self.cache = KVCache(layers, self.batch.lengths, N, max_tokens, fixed=self.captures)
         self.position = self.batch.next_position.repeat_interleave(N)  # (B*N,) M-RoPE position of the token that goes in
         everywhere = torch.arange(int(self.position.max()) + max_tokens, device=self.position.device)
         self.rotary = network.model.rotary(everywhere.expand(3, -1))  # after the prompt all three axes are equal
@@ -660,20 +676,27 @@ class Decoder:
 
     def step(self, tokens) -> torch.Tensor:
         """Tokens (B*N,) -> final hidden states (B*N, D), valid until the next step."""
-        replaced = self.cache.advance()
-        if replaced or self.graph is None:
-            self.tokens, self.graph = tokens.clone(), None
+        void = self.cache.advance()
+        if void or self.graph is None:
+            self.tokens = tokens.clone()
             hidden = self.run()
-            if self.capture:
-                self.graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graph):
-                    self.hidden = self.run()
+            self.graph = self.capture() if self.captures else None
         else:
             self.tokens.copy_(tokens)
             self.graph.replay()
             hidden = self.hidden
         self.position += 1
         return hidden
+
+    def can_capture(self, wanted: bool) -> bool:
+        return wanted and self.network.head_weight.is_cuda
+
+    def capture(self):
+        """A graph of `run`, which reads and writes the tensors that are in use now; nothing is computed yet."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.hidden = self.run()
+        return graph
 
     def run(self) -> torch.Tensor:
         model = self.network.model
@@ -752,18 +775,18 @@ def likeliest(logits, top_p: float, top_k: int, first: int = 1024):
         values = values.masked_fill(before >= top_p, -torch.inf)
     return values, ids
 
-def rows_worth_keeping(alive):
+def rows_worth_keeping(alive, share: float = 0.8):
     """Decide whether dropping finished rows pays: None, or (prompts (B',), rows (B', N')) for Decoder.keep.
 
     alive (B, N). What remains must be a rectangle again: the prompts that still have a living row, and as many rows of
-    each as the fullest of them needs. Copying the cache is worth it once a fifth of the slots goes.
+    each as the fullest of them needs. Copying the cache is worth it once that is at most a `share` of the slots.
     """
     B, N = alive.shape
-    if alive.sum() > 0.8 * B * N:
+    if alive.sum() > share * B * N:  # the common case, decided quickly
         return None
     living = alive.sum(dim=1)
     prompts, most = living.nonzero()[:, 0], int(living.max())
-    if len(prompts) * most > 0.8 * B * N:
+    if len(prompts) * most > share * B * N:
         return None
     living_first = alive[prompts].int().argsort(dim=1, descending=True, stable=True)[:, :most]
     return prompts, prompts[:, None] * N + living_first

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 import model
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl"]
-# Two images in one prompt, sizes that are no multiple of a window (4 merged patches), a single image, and no image.
+# Two images in one prompt, sizes that are no multiple of a window (4 merged patches), a single image, and no image. The
+# second and the last are of similar length: they share a batch when sampling, with padding.
 PROMPTS = [random_prompt([(8, 8), (12, 20)], 7, seed=1), random_prompt([(10, 14)], 3, seed=2),
-           random_prompt([], 5, seed=3)]
+           random_prompt([], 5, seed=3), random_prompt([(8, 12)], 8, seed=4)]
 
 
 def reference_inputs(batch: model.PromptBatch) -> dict:
@@ -138,6 +139,23 @@ def test_the_sampler_draws_from_the_distribution():
     assert torch.allclose(logprobs, logits[0].log_softmax(0)[tokens])
 
 
+def test_a_large_vocabulary_is_drawn_from_like_a_small_one():
+    """The draw by blocks finds the token that one cumulative sum over all words finds, and never one of probability 0."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(200, 5000, generator=generator)
+    logits[:, torch.randint(5000, (2000,), generator=generator)] = -torch.inf
+    probabilities = logits.softmax(-1)
+    uniform = torch.rand(200, 1, generator=generator, dtype=torch.float64)
+    uniform[:4, 0] = torch.tensor([0.0, 1 - 2**-53, 1 - 1e-10, 1e-300], dtype=torch.float64)
+    tokens = model.draw(probabilities, uniform)
+    cumulative = probabilities.double().cumsum(-1)
+    expected = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).clamp(max=4999)
+    assert (tokens[4:] == expected[4:]).float().mean() > 0.98  # a float32 sum of a block may round to its neighbour
+    assert ((tokens - expected).abs()[4:] <= 3).all()
+    assert (probabilities.gather(1, tokens) > 0).all()
+    assert tokens[0] == (probabilities[0] > 0).nonzero()[0] and tokens[1] == (probabilities[1] > 0).nonzero()[-1]
+
+
 def test_top_p_keeps_the_smallest_sufficient_set():
     """Also where the nucleus is larger than the first 1,024 candidates, which are tried before a full sort."""
     probabilities = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
@@ -154,7 +172,7 @@ def test_rollouts_depend_on_their_seed_and_nothing_else(reference, family):
     _, directory = reference(family)
     network = model.load_pretrained(directory)
     network.stop_tokens = list(range(2, 30))  # rows end early and at different times
-    together = model.generate(network, PROMPTS, 6, 40, seeds=[7, 8, 9])
+    together = model.generate(network, PROMPTS, 6, 40, seeds=[7, 8, 9, 10])
     lengths = [len(c.ids) for group in together for c in group]
     assert min(lengths) < 5 and max(lengths) > 10, lengths
     for i, prompt in enumerate(PROMPTS):
@@ -171,6 +189,74 @@ def test_rollouts_depend_on_their_seed_and_nothing_else(reference, family):
         assert completion.finished == (ids[-1] < 30 and ids[-1] >= 2)
         assert not any(2 <= token < 30 for token in ids[:-1]), "went on after an end token"
         assert completion.finished or len(ids) == 40
+
+
+class FakeGraph:
+    """Stands in for a CUDA graph: replaying runs the step again, if everything it reads is where it was."""
+
+    def __init__(self, decoder):
+        self.decoder, self.where = decoder, self.addresses(decoder)
+
+    @staticmethod
+    def addresses(decoder):
+        cache = decoder.cache
+        tensors = [decoder.tokens, decoder.position, decoder.rotary.cos, cache.mask, cache.slot]
+        tensors += [x for pair in cache.rows + cache.prompts for x in pair]
+        return [(x.data_ptr(), x.shape) for x in tensors] + [cache.used]
+
+    def replay(self):
+        assert self.addresses(self.decoder) == self.where, "a captured graph would read stale memory"
+        self.decoder.hidden = self.decoder.run()
+
+
+def test_a_captured_step_gives_the_same_tokens(reference, monkeypatch):
+    """What a CUDA graph needs, without a GPU: fixed tensors, masked slots, and a new capture whenever they change."""
+    _, directory = reference("qwen2_vl")
+    network = model.load_pretrained(directory)
+    network.stop_tokens = [2, 3]
+    eager = model.generate(network, PROMPTS, 6, 150)
+    graphs = []
+
+    def capture(decoder):
+        graphs.append(FakeGraph(decoder))
+        return graphs[-1]
+
+    monkeypatch.setattr(model.Decoder, "capture", capture)
+    monkeypatch.setattr(model.Decoder, "can_capture", lambda decoder, wanted: wanted)
+    captured = model.generate(network, PROMPTS, 6, 150)
+    for a, b in zip(sum(eager, []), sum(captured, [])):
+        assert a.ids.tolist() == b.ids.tolist() and torch.allclose(a.logprobs, b.logprobs, atol=1e-5)
+    assert {graph.where[-1] for graph in graphs} == {64, 128, 150} and len(graphs) > 6  # grown, and after rows left
+    count = len(graphs)
+    model.generate(network, PROMPTS[:1], 2, 10, cuda_graph=False)
+    assert len(graphs) == count
+
+
+def test_finished_rows_and_padding_are_not_worked_on(reference, monkeypatch):
+    """Counted in tokens that enter the first layer: living rows while decoding, real tokens while training."""
+    _, directory = reference("qwen2_vl")
+    network = model.load_pretrained(directory)
+    network.stop_tokens = list(range(2, 30))
+    seen, images = [], []
+    network.model.layers[0].register_forward_hook(lambda module, inputs, out: seen.append(len(inputs[0])))
+    network.visual.register_forward_hook(lambda module, inputs, out: images.append(len(inputs[1])))
+    [group] = model.generate(network, PROMPTS[:1], 32, 60)
+    lengths = torch.tensor([len(completion.ids) for completion in group])
+    living = [(lengths > t).sum().item() for t in range(1, lengths.max())]  # who needs another token after t
+    assert seen[0] == len(PROMPTS[0].ids) and len(seen) == 1 + len(living)
+    assert all(rows >= n for rows, n in zip(seen[1:], living)) and sum(seen[1:]) < 1.25 * sum(living)
+
+    seen.clear()
+    ids, mask = model.pad_completions([[completion.ids for completion in group]])
+    network(one(PROMPTS[0], network), ids, mask)
+    assert seen == [len(PROMPTS[0].ids) + sum(lengths) - 32]
+    assert images == [2, 2], "the vision tower runs once for all rows, and sees each image once"
+
+
+def test_prompts_of_similar_length_share_a_batch():
+    lengths = [930, 94, 100, 600, 188, 189]
+    assert model.similar_lengths(lengths) == [[1, 2, 4], [5], [3, 0]]
+    assert model.similar_lengths([]) == [] and model.similar_lengths([5]) == [[0]]
 
 
 def test_forbidden_tokens_are_never_sampled(reference):
@@ -243,6 +329,27 @@ def test_token_log_probs_and_their_gradients(chunk):
         results.append((values, h.grad, w.grad))
     for ours, expected in zip(*results):
         assert torch.allclose(ours, expected, atol=1e-6)
+
+
+def test_a_gradient_known_beforehand_saves_a_pass_and_a_wrong_one_does_no_harm(monkeypatch):
+    torch.manual_seed(0)
+    hidden, weight, g = torch.randn(7, 5), torch.randn(11, 5), torch.randn(7)
+    calls, run = [], model.log_probs_by_chunk
+    monkeypatch.setattr(model, "log_probs_by_chunk", lambda *args, **more: calls.append(1) or run(*args, **more))
+
+    def gradients_with(expected):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        calls.clear()
+        values = model.token_log_probs(h, w, torch.arange(7), 0.7, (8,), 3, expected)
+        (values * g).sum().backward()
+        return len(calls), values, h.grad, w.grad
+
+    passes, *right = gradients_with(None)
+    assert passes == 2
+    for expected, passes_expected in ((g, 1), (g * (1 + 1e-3), 2), (torch.zeros(7), 2)):
+        passes, *results = gradients_with(expected)
+        assert passes == passes_expected
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(results, right))
 
 
 def test_positions_that_do_not_fit_the_images_are_refused():
