@@ -2,7 +2,7 @@
 
     python tests/bench.py                                # everything; about half an hour on two cores
     python tests/bench.py sampling update --size small   # some sections, one network size
-    python tests/bench.py --cuda                         # the part for a GPU: a Qwen2-VL-2B shape in bfloat16
+    python tests/bench.py --cuda                         # the part for a GPU: shapes of Qwen2-VL-2B and 7B, bfloat16
 
 Both sides run one random checkpoint on the same inputs, alternately, in this process, after checking that they compute
 the same thing. transformers runs with every setting that could help it, each is timed, and the fastest one counts. A
@@ -415,6 +415,110 @@ def bench_growth(sizes, rounds: int):
     line("update, image tokens", list(sides), lambda tokens: update(side=sides[tokens]))
 
 
+# ---- On a GPU --------------------------------------------------------------------------------------------------------
+
+GPU_SHAPES = {  # of the checkpoints Qwen2-VL-2B and -7B
+    "2B": (dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
+                num_key_value_heads=2, vocab_size=151_936), True),
+    "7B": (dict(hidden_size=3584, intermediate_size=18_944, num_hidden_layers=28, num_attention_heads=28,
+                num_key_value_heads=4, vocab_size=152_064), False)}
+
+
+def bench_cuda():
+    """A randomly initialised Qwen2-VL in bfloat16: decoding, update and memory against what the GPU can do."""
+    print(f"{torch.cuda.get_device_name()}, bfloat16, torch {torch.__version__}\n\n| what | measured |\n|---|---|")
+    bandwidth, flops = device_limits()
+    print(f"| measured limits | {bandwidth / 1e12:.2f} TB/s copying, {flops / 1e12:.0f} TFLOP/s multiplying matrices |")
+    for size in GPU_SHAPES:
+        network = random_network(size)
+        prompts = make_prompts(8, SIDES[840])
+        if size == "2B":
+            gpu_decoding(network, prompts, bandwidth)
+        gpu_update(network, prompts, flops, size)
+        del network
+        torch.cuda.empty_cache()
+
+
+def device_limits() -> tuple[float, float]:
+    """Bytes a second of a large copy (read and written), and floating-point operations a second of a large product."""
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    block = torch.empty(2**31, device="cuda", dtype=torch.uint8)
+    fastest = lambda function: min(seconds(function) for _ in range(5))
+    return 2 * block.numel() / fastest(block.clone), 2 * 8192**3 * 10 / fastest(lambda: [a @ a for _ in range(10)])
+
+
+def random_network(size: str) -> model.QwenVL:
+    text, tied = GPU_SHAPES[size]
+    rope = {"rope_type": "default", "type": "mrope", "mrope_section": [16, 24, 24], "rope_theta": 1e6}
+    config = transformers.Qwen2VLConfig(
+        text_config={**text, "rope_parameters": rope, "bos_token_id": 1, "eos_token_id": 2}, tie_word_embeddings=tied,
+        vision_config=dict(depth=32, embed_dim=1280, num_heads=16, hidden_size=text["hidden_size"]),
+        image_token_id=IMAGE, video_token_id=6, vision_start_token_id=VISION_START, vision_end_token_id=VISION_END)
+    with torch.device("meta"):
+        network = model.QwenVL(config).bfloat16()
+    network.to_empty(device="cuda")
+    torch.manual_seed(0)
+    for name, parameter in network.named_parameters():
+        is_norm = "norm" in name or "ln_q" in name
+        parameter.data.fill_(1.0) if is_norm and name.endswith("weight") else parameter.data.normal_(0, 0.02)
+    return network
+
+
+def gpu_decoding(network, prompts, bandwidth: float, N: int = 8, T: int = 128):
+    """64 rows: time of a token with and without the captured graph, against reading every weight and key once."""
+    sample = lambda t, graph: model.generate(network, prompts, N, t, cuda_graph=graph)
+    captured, eager = sample(T, True), sample(T, False)
+    same = all(torch.equal(a.ids, b.ids) for x, y in zip(captured, eager) for a, b in zip(x, y))
+    step = {}
+    for graph in (True, False):
+        times = [seconds(lambda: sample(T, graph)) - seconds(lambda: sample(1, graph)) for _ in range(5)]
+        step[graph] = statistics.median(times) / (T - 1)
+    decoder = model.Decoder(network, prompts, N, T)
+    with torch.inference_mode():
+        hidden = decoder.prefill()
+        token = torch.zeros(len(hidden), dtype=torch.long, device="cuda")
+        decoder.step(token)
+        replay = statistics.median(seconds(lambda: [decoder.graph.replay() for _ in range(50)]) / 50 for _ in range(5))
+    weights = sum(p.numel() * 2 for name, p in network.named_parameters() if not name.startswith("visual"))
+    kept = sum(x.numel() * 2 for pair in decoder.cache.prompts for x in pair)
+    own = sum(x[..., : T // 2, :].numel() * 2 for pair in decoder.cache.rows for x in pair)
+    floor = (weights + kept + own) / bandwidth
+    print(f"| 2B, decoding 64 rows, graph | {step[True] * 1e3:.2f} ms a token with sampling and capturing, "
+          f"{replay * 1e3:.2f} ms a replay; floor {floor * 1e3:.2f} ms = {floor / step[True]:.0%} and {floor / replay:.0%} |")
+    print(f"| 2B, decoding 64 rows, eager | {step[False] * 1e3:.2f} ms a token; tokens identical: {same} |")
+    ids, mask = model.pad_completions([[row.ids for row in group] for group in captured])
+    with torch.no_grad():
+        batch = model.PromptBatch.from_prompts(prompts, network.config, "cuda")
+        trained = network(batch, ids.cuda(), mask.cuda()).cpu()
+    sampled = torch.stack([torch.stack([row.logprobs for row in group]) for group in captured])
+    print(f"| 2B, log-probs of sampler and trainer | differ by at most {(trained - sampled).abs().max():.1e} |")
+
+
+def gpu_update(network, prompts, flops: float, size: str, N: int = 9, T: int = 64):
+    """One group's loss and backward at 840×840: share of the matrix units' speed, and peak memory."""
+    batch = model.PromptBatch.from_prompts(prompts[:1], network.config, "cuda")
+    completions = random_completions(N, T)[None].cuda()
+    mask = torch.ones_like(completions, dtype=torch.bool)
+
+    def step():
+        network(batch, completions, mask, expected=mask / mask.sum()).mean().backward()
+
+    step()
+    torch.cuda.reset_peak_memory_stats()
+    elapsed = statistics.median(seconds(step) for _ in range(10))
+    text, vision = network.config.text_config, network.config.vision_config
+    P, patches = batch.ids.shape[1], len(batch.pixels[0])
+    count = lambda module: sum(p.numel() for p in module.parameters())
+    dense = (count(network.model.layers) * (P + N * (T - 1)) + network.head_weight.numel() * N * T
+             + count(network.visual.blocks) * patches + count(network.visual.merger) * patches // 4)
+    attention = (text.num_hidden_layers * text.hidden_size * (P * P / 2 + N * T * (P + T / 2))
+                 + vision.depth * vision.embed_dim * patches**2) * 2
+    used = 6 * (dense + attention) / elapsed
+    memory = torch.cuda.max_memory_allocated() / 2**30
+    print(f"| {size}, update of a group of {N} × {T} at 840×840 | {elapsed * 1e3:.0f} ms, {used / 1e12:.0f} TFLOP/s = "
+          f"{used / flops:.0%} of measured matrix speed; peak {memory:.1f} GiB with weights and gradients |", flush=True)
+
+
 SECTIONS = {"sampling": bench_sampling, "update": bench_update, "step": bench_step, "memory": bench_memory,
             "growth": bench_growth}
 
@@ -424,10 +528,14 @@ def main():
     parser.add_argument("sections", nargs="*", default=list(SECTIONS), help=f"of {', '.join(SECTIONS)}")
     parser.add_argument("--size", choices=tuple(SIZES), help="one network size (default: both)")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cuda", action="store_true", help="the part for a GPU instead, at the shapes of 2B and 7B")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     if unknown := set(options.sections) - set(SECTIONS):
         parser.error(f"no section {unknown.pop()}: there are {', '.join(SECTIONS)}")
+    if options.cuda:
+        bench_cuda() if torch.cuda.is_available() else print("no CUDA device here: not measured")
+        return
     torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

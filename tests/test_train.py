@@ -233,6 +233,17 @@ def test_micro_batches_do_not_change_the_step(tmp_path, flags):
         assert (gradient - results[0][2]).norm() < 1e-5 * gradient.norm()
 
 
+@pytest.mark.parametrize("flags, passes", [
+    ([], 1), (["--method", "sft"], 1), (["--method", "rlvr"], 1), (["--average", "sequence", "--ratio", "sequence"], 1),
+    (["--num_iterations", 2], 4)])  # the old log-probs, one pass with a known gradient, then two: it is known no more
+def test_the_head_runs_once_while_the_gradient_is_known(tmp_path, monkeypatch, flags, passes):
+    run_, examples = start(tmp_path, "--batch_size", 2, "--micro_batch_size", 2, "--learning_rate", 1e-3, *flags)
+    calls, run = [], train.model.log_probs_by_chunk
+    monkeypatch.setattr(train.model, "log_probs_by_chunk", lambda *args, **more: calls.append(1) or run(*args, **more))
+    train.train_step(run_, examples)
+    assert len(calls) == passes
+
+
 def test_the_seed_and_the_place_in_the_run_decide_the_rollouts(tmp_path):
     run_, examples = start(tmp_path)
     sample = lambda: [c.ids.tolist() for group in train.sample_rollouts(run_, [examples[0]] * 2) for c in group]
