@@ -3,18 +3,16 @@
     python eval.py                                                        # bundled checkpoint, built-in task
     python eval.py --task grounding --model Qwen/Qwen2.5-VL-7B-Instruct --data my.jsonl
 
-samples -> `evaluate` -> results, a dict each, in pixels of the ORIGINAL image -> `metrics`, `gallery`
+samples -> `evaluate` -> results, a dict each, in pixels of the ORIGINAL image -> `metrics`, assets/report.py
 """
 
 import argparse
 import json
 import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import data
@@ -100,54 +98,6 @@ def areas(boxes_a: np.ndarray, boxes_b: np.ndarray) -> tuple[float, float]:
     cells = np.outer(np.diff(ys), np.diff(xs))
     return float(cells[a & b].sum()), float(cells[a | b].sum())
 
-def format_table(metrics: dict) -> str:
-    """Aligned lines of name and value: shares in percent, `-` where there was nothing to measure."""
-    forms = {"samples": "d", "length": ".1f", "reward": ".2f"}
-    return "\n".join(f"{name:12s} " + ("-" if value is None else format(value, forms.get(name, ".1%"))).rjust(8)
-                     for name, value in metrics.items())
-
-TILE, TEXT, GAP = 300, 170, 24                   # pixels: side of a picture, height of the text below it, margin
-LABEL, PREDICTION, BLACK, GREY = "#00995c", "#e65c00", "#1a1a1a", "#6b6b6b"
-
-def gallery(results: list[dict], samples, path, columns=4, count=12):
-    """Write a PNG of up to `count` answers over their images, at equal distances from the worst to the best."""
-    order = sorted(range(len(results)), key=lambda i: compare(results[i])[:2])
-    chosen = [order[int(k)] for k in np.linspace(0, len(order) - 1, min(count, len(order)))]
-    height = 2 * GAP + -(-len(chosen) // columns) * (TILE + TEXT + GAP)
-    sheet = Image.new("RGB", (GAP + columns * (TILE + GAP), height), "white")
-    note = f"{len(chosen)} of {len(results)} answers, from the worst to the best"
-    for x, text, colour in ((0, "label", LABEL), (74, "prediction", PREDICTION), (198, note, GREY)):
-        ImageDraw.Draw(sheet).text((GAP + x, GAP), text, colour, ImageFont.load_default(18), anchor="lm")
-    for place, i in enumerate(chosen):
-        tile = draw_tile(results[i], data.open_image(samples[i].image, samples[i].where))
-        sheet.paste(tile, (GAP + place % columns * (TILE + GAP), 2 * GAP + place // columns * (TILE + TEXT + GAP)))
-    sheet.save(f"{path}.partial", "PNG")         # written beside and renamed: nobody finds half a picture
-    Path(f"{path}.partial").replace(path)
-
-def draw_tile(result: dict, image: Image.Image) -> Image.Image:
-    """One answer: the image in the original's proportions with boxes and points; question, verdict and completion."""
-    tile, scale = Image.new("RGB", (TILE, TILE + TEXT), "white"), TILE / max(result["size"])
-    draw, size = ImageDraw.Draw(tile), [max(1, round(side * scale)) for side in result["size"]]
-    draw.rectangle((0, 0, TILE, TILE - 1), "#f2f2f2")
-    # a tiny image is shown pixel by pixel, as the model gets it, not smoothed into shapes that nobody saw
-    tile.paste(image.resize(size, Image.Resampling.NEAREST if scale > 2 else Image.Resampling.BICUBIC))
-    for objects, colour, width in ((result["label"], LABEL, 5), (result["prediction"] or [], PREDICTION, 2)):
-        for found in data.move_objects(objects, result["size"], size):
-            x1, y1, x2, y2 = box = found.get("bbox_2d", [0] * 4)
-            if x1 < x2 and y1 < y2:
-                draw.rectangle(box, outline=colour, width=width)
-            draw.circle(found.get("point_2d", (-99, -99)), width + 2, colour, "white")
-    hits, iou, *_ = compare(result)
-    verdict = "no answer" if result["prediction"] is None else {1: "right", 0: "wrong"}.get(hits, "partly right")
-    verdict += f", IoU {iou:.2f}" if result["label"] else ", nothing to find"
-    colour, y = LABEL if hits == 1 else PREDICTION, TILE + 8
-    question, answer = result["question"], result["completion"].replace("><", "> <")     # lines may break between tags
-    for text, points, fill, lines in ((question, 17, BLACK, 2), (verdict, 15, colour, 1), (answer, 13, GREY, 5)):
-        wrapped = textwrap.wrap(text, int(TILE / points * 1.95), max_lines=lines, placeholder=" …")
-        draw.multiline_text((0, y), "\n".join(wrapped), fill, ImageFont.load_default(points), spacing=4)
-        y += len(wrapped) * (points + 4) + 6
-    return tile
-
 def parse_command_line(argv=None) -> argparse.Namespace:
     """The flags; a mistake in them is one line on stderr and exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -197,6 +147,8 @@ def main(argv=None):
     answers = {"settings": vars(config), "metrics": metrics(results), "answers": results}
     (directory / "answers.json.partial").write_text(json.dumps(answers, indent=1))
     (directory / "answers.json.partial").replace(directory / "answers.json")
+    from assets.report import format_table, gallery  # not above: it imports this file
+
     gallery(results, samples, directory / "gallery.png")
     print(format_table(answers["metrics"]), "", directory / "answers.json", directory / "gallery.png", sep="\n")
     print(f"{samples.skipped} bad rows skipped, {samples.clipped} label boxes clipped to their image")

@@ -76,7 +76,7 @@ class QwenVL(nn.Module):
         x = self.embed(batch, completions[:, :, :-1][real])  # (B*P + n, D), n real inputs of completions
         x = self.model(x, rotary, GroupAttention(batch.lengths, P, real), self.checkpoint_activations)
 
-        last = last_states(x[: B * P].view(B, P, -1), batch.lengths)  # (B, D) predicts token 0
+        last = x[torch.arange(B, device=x.device) * P + batch.lengths - 1]  # (B, D) predicts token 0
         states = x.new_zeros(B, N, T, x.shape[-1])
         states[:, :, 0] = last[:, None]
         states[:, :, 1:][real] = x[B * P :]
@@ -219,7 +219,8 @@ class GroupAttention:
         out = out.transpose(1, 2).flatten(0, 1)  # (B*P, H, E)
         if self.real is None:
             return out
-        own_q, own_k, own_v = (self.pad(x[B * P :]).transpose(1, 2) for x in (q, k, v))  # (B*N, heads, T, E)
+        rectangle = lambda x: x.new_zeros(*self.real.shape, *x.shape[1:]).index_put((self.real,), x)
+        own_q, own_k, own_v = (rectangle(x[B * P :]).transpose(1, 2) for x in (q, k, v))  # (B*N, heads, T, E)
         # Grouped heads make keys and values small, so each completion gets a copy of its prompt's: autograd adds the
         # copies' gradients up, and one fused attention call serves the group.
         keys = torch.cat([prompt_k.repeat_interleave(self.N, dim=0), own_k], dim=2)  # (B*N, K, P+T, E)
@@ -227,57 +228,43 @@ class GroupAttention:
         own = F.scaled_dot_product_attention(own_q, keys, values, attn_mask=self.mask, enable_gqa=True)
         return torch.cat([out, own.transpose(1, 2)[self.real]])
 
-    def pad(self, x) -> torch.Tensor:
-        """Tokens of completions (n, heads, E) -> (B*N, T, heads, E): only here does padding cost anything."""
-        return x.new_zeros(*self.real.shape, *x.shape[1:]).index_put((self.real,), x)
-
 class KVCache:
     """Keys and values while decoding: each prompt's once, and a preallocated stretch for each of its N rows.
 
     Called as attend(layer, q, k, v) on one new token per row (B*N, heads, E). Rows of one prompt share the product with
-    the prompt's keys: no copy of a 900-token prompt per rollout, in memory or in bandwidth. Keys are kept transposed,
-    as the product with a few queries wants them.
+    the prompt's keys: no copy of a 900-token prompt per rollout, in memory or in bandwidth.
 
-    With `fixed`, attention reads a fixed stretch of the rows and masks what is not filled yet: so a step can be
-    captured as a CUDA graph, until the stretch doubles.
+    `fixed` is for a captured step: attention reads a stretch of the rows that doubles now and then, partly masked.
     """
 
     def __init__(self, num_layers: int, lengths, N: int, max_tokens: int, fixed: bool = False):
         self.B, self.N, self.lengths, self.max_tokens, self.fixed = len(lengths), N, lengths, max_tokens, fixed
-        self.t = -1  # the slot that the current token fills
-        self.used = 0  # slots that attention reads
+        self.t, self.used = -1, 0  # the slot that the current token fills, and how many slots attention reads
         self.slot = torch.zeros(1, dtype=torch.long, device=lengths.device)  # t, where a captured graph can see it
-        self.prompts = [None] * num_layers  # per layer: keys (B*K, E, P) and values (B*K, P, E)
+        self.prompts = [None] * num_layers  # per layer: keys (B*K, E, P), as products want them, and values (B*K, P, E)
         self.rows = [None] * num_layers  # per layer: keys and values (B, K, N, max_tokens, E)
 
     def store_prompts(self, layer: int, k, v):  # (B, K, P, E) each
         B, self.K, self.P, E = k.shape
         self.prompts[layer] = k.mT.flatten(0, 1).contiguous(), v.flatten(0, 1).contiguous()
         self.rows[layer] = k.new_zeros(2, B, self.K, self.N, self.max_tokens, E).unbind()
-
-    def advance(self) -> bool:
-        """Open the slot of the next token; True if a captured graph is void, because it reads other slots."""
-        self.t += 1
-        self.slot.fill_(self.t)
-        if not self.fixed:
-            self.used = self.t + 1
-        grown = self.t >= self.used
-        if grown:
-            self.used = min(max(64, 2 * self.used), self.max_tokens)
-        if self.t == 0 or grown:
+        if layer == 0:
             self.make_mask()
-        if self.fixed:
-            self.mask[..., self.P + self.t] = 0
-        return grown
 
     def make_mask(self):
-        """What is added to scores on P prompt tokens and `used` own ones: -inf on padding and on slots not filled."""
-        device = self.lengths.device
-        prompt = torch.arange(self.P, device=device) < self.lengths[:, None]  # (B, P) True = may be seen
-        own = (torch.arange(self.used, device=device) <= self.t).expand(self.B, -1)
-        self.mask = torch.where(torch.cat([prompt, own], dim=1), 0.0, -torch.inf)  # (B, P+used)
-        self.mask = self.mask.repeat_interleave(self.K, dim=0)[:, None]  # (B*K, 1, P+used)
-        self.padded = not prompt.all()
+        """What is added to scores (B*K, 1, P + max_tokens): -inf on padding and on slots that are not filled yet."""
+        place = torch.arange(self.P + self.max_tokens, device=self.lengths.device)
+        seen = (place < self.lengths[:, None]) | ((place >= self.P) & (place <= self.P + self.t))  # (B, P + max_tokens)
+        self.mask = torch.where(seen, 0.0, -torch.inf).repeat_interleave(self.K, dim=0)[:, None]
+        self.padded = bool((self.lengths < self.P).any())
+
+    def advance(self) -> bool:
+        """Open the slot of the next token; True if attention reads more slots than before: a captured graph is void."""
+        self.t, before = self.t + 1, self.used
+        self.slot.fill_(self.t)
+        self.mask[..., self.P + self.t] = 0
+        self.used = min(max(64, 1 << self.t.bit_length()), self.max_tokens) if self.fixed else self.t + 1
+        return self.used != before
 
     def __call__(self, layer: int, q, k, v) -> torch.Tensor:
         B, N, K, P, used = self.B, self.N, self.K, self.P, self.used
@@ -291,10 +278,8 @@ class KVCache:
         on_prompt = product(q, prompt_k)  # (B*K, N*g, P): all rows of a prompt against its keys at once
         on_own = product(q.view(-1, g, E), keys.flatten(0, 2)[:, :used].mT)  # (B*K*N, g, used)
         scores = torch.cat([on_prompt, on_own.view(B * K, N * g, used)], dim=-1)
-        if self.fixed:
-            scores += self.mask
-        elif self.padded:
-            scores[..., :P] += self.mask[..., :P]
+        if self.fixed or self.padded:
+            scores += self.mask[..., : P + used]
         weights = scores.softmax(dim=-1).to(q.dtype)
         out = torch.bmm(weights[..., :P], prompt_v)  # (B*K, N*g, E)
         on_own = weights[..., P:].view(-1, g, used)
@@ -329,8 +314,7 @@ class VisionTower(nn.Module):
         self.merger = PatchMerger(config, self.width, self.windowed)
 
     def forward(self, pixels, grid_thw) -> torch.Tensor:
-        """Features (patches/merge**2, D) of images with grid_thw (images, 3) in patches, whose pixels are the parts of a
-        list, (patches, channels*time*14*14) each.
+        """A list of pixels (patches, channels*time*14*14) and grid_thw (images, 3) -> features (patches/merge**2, D).
 
         Patches come in the processor's order: those of one feature are neighbours. ValueError for videos.
         """
@@ -374,8 +358,7 @@ def patch_angles(grids, merge: int, head_dim: int) -> torch.Tensor:
 def window_order(grids, merge: int, window: int):
     """An order of the merged patches with every attention window contiguous, and the windows' lengths in patches.
 
-    Inside an image, windows of equal size follow each other (those at the border are smaller), so that they share one
-    attention call.
+    Windows of equal size follow each other (those at the border are smaller): they share one attention call.
     """
     order, lengths, start = [], [], 0
     for _, h, w in grids:
@@ -502,17 +485,17 @@ def token_log_probs(hidden, weight, targets, temperature: float = 1.0, forbidden
                     expected=None) -> torch.Tensor:
     """log softmax(hidden @ weight.T / temperature)[targets], (M,) float32, of hidden (M, D), weight (V, D).
 
-    Works through `chunk` rows at a time, forward and backward, so that memory does not grow with M * V. `expected` (M,)
-    is what the gradient of the loss by the log-probs will be, where that is known beforehand: see TokenLogProbs.
+    Works through `chunk` rows at a time, so that memory does not grow with M * V. expected (M,) is what the gradient of
+    the loss by these log-probs will be, where that is known: see TokenLogProbs.
     """
     forbidden = torch.tensor(forbidden, dtype=torch.long, device=hidden.device)
     return TokenLogProbs.apply(hidden, weight, targets, expected, (temperature, forbidden, chunk))
 
 class TokenLogProbs(torch.autograd.Function):
-    """Keeps no logits for the backward pass, which therefore computes them once more.
+    """Keeps no logits for the backward pass, which computes them once more, unless told the gradient that will arrive.
 
-    Not so with `expected`: for one update per sampling, as for cross-entropy, the gradient that will arrive is known in
-    advance. Then a single pass computes log-probs and gradients, and backward only checks that the guess was right.
+    It is known beforehand for one update per sampling and for cross-entropy. Then a single pass computes log-probs and
+    gradients, and backward only checks that what was `expected` arrived.
     """
 
     @staticmethod
@@ -549,14 +532,15 @@ def log_probs_by_chunk(hidden, weight, targets, temperature, forbidden, chunk, g
             g = grad[part, None] / temperature
             d_logits = exp.mul_(-g / total).scatter_add_(1, target, g).to(weight.dtype)  # g * (one-hot - softmax)
             grad_hidden[part] = d_logits @ weight
-            add_product(grad_weight, d_logits.T, h)
+            if weight.dtype == torch.float32:
+                grad_weight.addmm_(d_logits.T, h)
+            else:
+                grad_weight += product(d_logits.T, h)
     return values, grad_hidden, None if grad is None else grad_weight.to(weight.dtype)
 
 def scaled_logits(hidden, weight, temperature: float, forbidden, space=None) -> torch.Tensor:
     """Float32 logits (M, V) / temperature with forbidden tokens at -inf: the one definition of the policy's softmax.
-
-    `space` (at least M, V) is overwritten and returned in part, so that chunk after chunk needs no new memory.
-    """
+    They are written into `space` (at least M, V), if given: chunk after chunk needs no new memory."""
     logits = product(hidden, weight.T, out=None if space is None else space[: len(hidden)])
     if temperature != 1:
         logits.div_(temperature)
@@ -569,13 +553,6 @@ def product(a, b, out=None) -> torch.Tensor:
     if a.dtype != torch.float32 and a.is_cuda:
         return multiply(a, b, out_dtype=torch.float32, out=out)
     return multiply(a.float(), b.float(), out=out)
-
-def add_product(total, a, b):
-    """total += a @ b in float32."""
-    if a.dtype == torch.float32:
-        total.addmm_(a, b)
-    else:
-        total += product(a, b)
 
 # ---- Sampling --------------------------------------------------------------------------------------------------------
 
@@ -593,8 +570,7 @@ def generate(network: QwenVL, prompts, num_generations: int = 1, max_new_tokens:
     """Sample num_generations completions of each prompt; temperature 0 is greedy decoding.
 
     `seeds` holds one integer per prompt (default 0, 1, ...): it decides every token of that prompt's rollouts, whatever
-    else is in the batch. Rows that have finished leave the batch. Each prompt is run once (prefill). With `cuda_graph`,
-    which changes nothing but the time, a GPU replays the decoding step instead of launching its kernels one by one.
+    else is in the batch. Each prompt is run once; finished rows leave the batch. `cuda_graph` changes only the time.
     """
     seeds, groups = list(seeds or range(len(prompts))), [None] * len(prompts)
     for batch in similar_lengths([len(prompt.ids) for prompt in prompts]):
@@ -608,13 +584,13 @@ def generate(network: QwenVL, prompts, num_generations: int = 1, max_new_tokens:
         for r, finished in enumerate(ended.any(dim=0).tolist()):
             length = int(ended[:, r].int().argmax()) + 1 if finished else max_new_tokens
             rows.append(Completion(ids[:length, r], logprobs[:length, r], finished))
-        for place, i in enumerate(batch):
-            groups[i] = rows[place * num_generations : (place + 1) * num_generations]
+        for i in batch:
+            groups[i], rows = rows[:num_generations], rows[num_generations:]
     return groups
 
 def similar_lengths(lengths: list[int]) -> list[list[int]]:
-    """Indices in batches, from the shortest on, whose longest is at most twice as long as their shortest: less padding
-    would cost more batches, and a step of decoding costs nearly the same for few rows as for many."""
+    """Indices in batches, from the shortest on, each with its longest at most twice its shortest. Less padding would
+    mean more batches, and a step of decoding costs nearly the same for few rows as for many."""
     batches = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
         if not batches or lengths[i] > 2 * lengths[batches[-1][0]]:
@@ -622,9 +598,9 @@ def similar_lengths(lengths: list[int]) -> list[list[int]]:
         batches[-1].append(i)
     return batches
 
-# On a GPU, a look at what has finished waits for the device, and dropping it means to capture another graph.
-LOOK_EVERY = {"cpu": 1, "cuda": 8}  # tokens from one look for finished rows to the next
-DROP_BELOW = {"cpu": 0.8, "cuda": 0.5}  # finished rows are dropped when the slots can shrink to this share
+CAPTURED_ON = ("cuda",)  # where the decoding step becomes a graph
+LOOK_EVERY = {"cpu": 1, "cuda": 8}  # tokens from one look for finished rows to the next: a look waits for the GPU
+DROP_BELOW = {"cpu": 0.8, "cuda": 0.5}  # they go when slots can shrink to this share: that means another graph
 
 def sample_rows(decoder: "Decoder", uniform, temperature: float, top_p: float, top_k: int):
     """Token ids and log-probs, (max_new_tokens, B*N) each; what follows a row's end token means nothing."""
@@ -655,29 +631,29 @@ def sample_rows(decoder: "Decoder", uniform, temperature: float, top_p: float, t
 class Decoder:
     """Runs prompts once, then one token of each of their rows at a time.
 
-    On CUDA the step is captured as a graph: one launch for some 20 small kernels a layer. The first step after the
-    shape has changed runs eagerly, which is also the warm-up that capturing needs.
+    On CUDA the step is captured as a graph: one launch instead of some 25 a layer. The first step of every new shape
+    runs eagerly, which is also the warm-up that capturing needs.
     """
 
     def __init__(self, network: QwenVL, prompts, N: int, max_tokens: int, cuda_graph: bool = True):
         self.network, self.graph = network, None
         self.batch = PromptBatch.from_prompts(prompts, network.config, network.head_weight.device)
-        self.captures = self.can_capture(cuda_graph)
+        self.captures = cuda_graph and self.batch.ids.device.type in CAPTURED_ON
         layers = network.config.text_config.num_hidden_layers
         self.cache = KVCache(layers, self.batch.lengths, N, max_tokens, fixed=self.captures)
-        self.position = self.batch.next_position.repeat_interleave(N)  # (B*N,) M-RoPE position of the token that goes in
+        self.position = self.batch.next_position.repeat_interleave(N)  # (B*N,) of the token that goes in next
         everywhere = torch.arange(int(self.position.max()) + max_tokens, device=self.position.device)
         self.rotary = network.model.rotary(everywhere.expand(3, -1))  # after the prompt all three axes are equal
 
     def prefill(self) -> torch.Tensor:
         """Final hidden states (B*N, D) of the prompts' last tokens, equal for all rows of a prompt."""
-        states = last_states(self.network.prompt_states(self.batch, self.cache), self.batch.lengths)
-        return self.network.model.norm(states).repeat_interleave(self.cache.N, dim=0)
+        states, lengths = self.network.prompt_states(self.batch, self.cache), self.batch.lengths
+        last = states[torch.arange(len(states), device=states.device), lengths - 1]  # (B, D)
+        return self.network.model.norm(last).repeat_interleave(self.cache.N, dim=0)
 
     def step(self, tokens) -> torch.Tensor:
         """Tokens (B*N,) -> final hidden states (B*N, D), valid until the next step."""
-        void = self.cache.advance()
-        if void or self.graph is None:
+        if self.cache.advance() or self.graph is None:
             self.tokens = tokens.clone()
             hidden = self.run()
             self.graph = self.capture() if self.captures else None
@@ -687,9 +663,6 @@ class Decoder:
             hidden = self.hidden
         self.position += 1
         return hidden
-
-    def can_capture(self, wanted: bool) -> bool:
-        return wanted and self.network.head_weight.is_cuda
 
     def capture(self):
         """A graph of `run`, which reads and writes the tensors that are in use now; nothing is computed yet."""
@@ -710,17 +683,12 @@ class Decoder:
 def uniform_draws(seeds, N: int, length: int) -> torch.Tensor:
     """One uniform number in [0, 1) for every token that may be sampled, (length, len(seeds)*N) float64.
 
-    Drawn up front and per prompt, so that neither the batch's composition nor rows that leave it move the stream. Seeds
-    are below 2**32: torch's CPU generator ignores higher bits.
+    Drawn up front and per prompt: neither the batch's composition nor rows that leave it move the stream.
     """
-    if not all(0 <= seed < 2**32 for seed in seeds):
+    if not all(0 <= seed < 2**32 for seed in seeds):  # torch's CPU generator ignores higher bits
         raise ValueError(f"seeds must be from 0 to 2**32 - 1, got {list(seeds)}")
     draws = [torch.rand(N, length, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
     return torch.cat(draws).T.contiguous()
-
-def last_states(x, lengths) -> torch.Tensor:
-    """The state (B, D) of each prompt's last real token, from states x (B, P, D) and lengths (B,)."""
-    return x[torch.arange(len(x), device=x.device), lengths - 1]
 
 def sample_tokens(logits, uniform, greedy: bool = False, top_p: float = 1.0, top_k: int = 0):
     """Draw a token from each row of logits (R, V) by uniform numbers (R,); returns tokens and log-probs, (R,) each.
@@ -760,8 +728,7 @@ def invert(cumulative, fraction) -> torch.Tensor:
 def likeliest(logits, top_p: float, top_k: int, first: int = 1024):
     """The candidates of top-k and top-p: logits (R, C), sorted, the excluded at -inf, and their token ids (R, C).
 
-    A full sort of 150,000 logits is slow, and the nucleus nearly always fits into the first 1,024 tokens; where it does
-    not, the whole vocabulary is sorted.
+    A full sort of 150,000 logits is slow: it comes only where the nucleus does not fit into the `first` likeliest.
     """
     V = logits.shape[-1]
     count = min(top_k or (first if top_p < 1 else V), V)

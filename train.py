@@ -31,6 +31,7 @@ import eval as evaluate  # the module's name hides Python's eval, which nothing 
 import model
 import rewards
 import visurf
+from assets import report
 
 def option(default, help: str, choices=None):
     """A field of Config that is also a command-line flag."""
@@ -251,7 +252,7 @@ def train(config: Config):
     loop(run, samples, encode, directory, checkpoint)
     final = save(run, directory, checkpoint)
     run_evaluation(run, held_out, directory / "after.json", directory / "gallery.png")
-    report(directory, final)
+    report.end_of_run(directory, final)
 
 def loop(run: Run, samples, encode, directory: Path, source):
     """Steps until max_steps, with a line, a record and now and then a checkpoint for each."""
@@ -266,10 +267,10 @@ def loop(run: Run, samples, encode, directory: Path, source):
             raise
         metrics, groups = train_step(run, examples)
         run.step += 1
-        tqdm.write(step_line(run, metrics))
+        tqdm.write(report.step_line(metrics, run.step, config.max_steps))
         print(json.dumps({"step": run.step, **metrics}), file=metrics_file, flush=True)
         if (run.step - 1) % config.log_rollouts == 0:
-            tqdm.write(show_group(run, groups[0]))
+            tqdm.write(report.show_group(groups[0], config.method))
             for group in groups:
                 record = {"step": run.step, "question": group.example.sample.question, "texts": group.texts}
                 print(json.dumps({**record, "rewards": group.components}), file=completions_file, flush=True)
@@ -312,31 +313,6 @@ def describe(run: Run, groups: list[Group], advantages) -> dict:
                     "label_advantage": advantages[:, -1].mean().item()}
     return metrics | {"not_finite": run.not_finite}
 
-def step_line(run: Run, m: dict) -> str:
-    """A step in one line of words."""
-    words = [f"step {run.step:4d}/{run.config.max_steps}"]
-    if "reward" in m:
-        parts = " ".join(f"{name[7:]} {value:.2f}" for name, value in m.items() if name.startswith("reward/"))
-        words += [f"reward {m['reward']:.2f} ({parts})"]
-    if "label_active" in m:
-        words += [f"label active {m['label_active']:.0%}, advantage {m['label_advantage']:+.2f}"]
-    words += [f"loss {m['loss']:+.3f}, gradient {m['grad_norm']:.2f}"]
-    if "reward" in m:
-        words += [f"no signal {m['no_signal']:.0%}, clipped {m['clipped']:.1%}",
-                  f"length {m['length']:.0f}, cut off {m['truncated']:.0%}",
-                  f"{m['tokens'] / m['rollout_seconds']:,.0f} tokens/s"]
-    words += [f"{m['rollout_seconds']:.1f} s rollout + {m['update_seconds']:.1f} s update"]
-    return " | ".join(words + [f"{m['not_finite']} updates were not finite"] * (m["not_finite"] > 0))
-
-def show_group(run: Run, group: Group) -> str:
-    """The first and the last member of a group in full, as a reader would want to see them."""
-    lines = [f"    {group.example.sample.question}"]
-    for i in sorted({0, len(group.texts) - 1}):
-        which = "rollout" if i < len(group.texts) - (run.config.method != "rlvr") else "label"
-        reward = ", ".join(f"{name} {value:.2f}" for name, value in group.components[i].items())
-        lines.append(f"    {which:7s} {group.texts[i]!r} ({reward})")
-    return "\n".join(lines)
-
 def run_evaluation(run: Run, samples, answers: Path, gallery: Path | None = None):
     """Held-out metrics and every answer go to a file, and some answers into a picture; nothing without samples."""
     if not samples:
@@ -345,20 +321,7 @@ def run_evaluation(run: Run, samples, answers: Path, gallery: Path | None = None
                                 max_new_tokens=run.config.max_completion_length, **encoding(run.config))
     answers.write_text(json.dumps({"metrics": evaluate.metrics(results), "answers": results}, indent=1))
     if gallery:
-        evaluate.gallery(results, samples, gallery)
-
-def report(directory: Path, checkpoint: Path):
-    """The end of a run: held-out metrics before and after, and where everything is."""
-    if (directory / "after.json").exists():
-        tables = [evaluate.format_table(json.loads((directory / f"{when}.json").read_text())["metrics"]).splitlines()
-                  for when in ("before", "after")]
-        print("\nheld out         before     after")
-        for old, new in zip(*tables):
-            print(old, new[12:])
-    print(f"\ncheckpoint   {checkpoint}")
-    for name in ("metrics.jsonl", "completions.jsonl", "before.json", "after.json", "gallery.png"):
-        if (directory / name).exists():
-            print(f"{name.split('.')[0]:12s} {directory / name}")
+        report.gallery(results, samples, gallery)
 
 # ---- What is kept ----------------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import eval as evaluation
 import model
+from assets import report
 
 
 def thing(*box):
@@ -137,7 +138,7 @@ def test_areas_are_exact_for_real_numbers_and_quick_for_large_images():
 def test_nothing_to_measure_is_none_and_printed_as_a_dash():
     found = evaluation.metrics([])
     assert found.pop("samples") == 0 and all(value is None for value in found.values())
-    table = evaluation.format_table(evaluation.metrics([result([thing(0, 0, 9, 9)], [thing(0, 0, 9, 9)])]))
+    table = report.format_table(evaluation.metrics([result([thing(0, 0, 9, 9)], [thing(0, 0, 9, 9)])]))
     rows = dict(line.split() for line in table.splitlines())
     assert rows == {"accuracy": "100.0%", "gIoU": "100.0%", "cIoU": "100.0%", "N-Acc": "-", "well_formed": "100.0%",
                     "thinking": "100.0%", "truncated": "0.0%", "length": "10.0", "reward": "4.00", "samples": "1"}
@@ -271,7 +272,7 @@ def test_order_is_restored_and_images_are_opened_a_batch_at_a_time(monkeypatch):
 # ---- The gallery -----------------------------------------------------------------------------------------------------
 
 def gallery_of(tmp_path, results, samples, **settings):
-    evaluation.gallery(results, samples, tmp_path / "g.png", **settings)
+    report.gallery(results, samples, tmp_path / "g.png", **settings)
     assert [path.name for path in tmp_path.iterdir()] == ["g.png"]                 # nothing half-written stays behind
     return Image.open(tmp_path / "g.png").convert("RGB")
 
@@ -283,8 +284,8 @@ def test_gallery_has_the_size_of_its_tiles_and_is_always_the_same(tmp_path, coun
     results = [result(odd[n % 5], box if n % 2 else [], (90, 60), completion="word" * 300) for n in range(count)]
     samples = [make_sample() for _ in results]
     picture = gallery_of(tmp_path, results, samples)
-    tile, gap = evaluation.TILE, evaluation.GAP
-    assert picture.size == (gap + 4 * (tile + gap), 2 * gap + rows * (tile + evaluation.TEXT + gap))
+    tile, gap = report.TILE, report.GAP
+    assert picture.size == (gap + 4 * (tile + gap), 2 * gap + rows * (tile + report.TEXT + gap))
     assert picture.tobytes() == gallery_of(tmp_path, results, samples).tobytes()
 
 
@@ -293,13 +294,13 @@ def test_gallery_draws_label_and_prediction_where_they_are(tmp_path):
     samples = [make_sample(stored=(15, 15)), make_sample(stored=(30, 30))]     # stored smaller than the original
     results = [result([thing(15, 15, 25, 25)], [thing(5, 5, 25, 25)], (30, 30)), result([], [], (30, 30))]
     picture = gallery_of(tmp_path, results, samples, columns=1)
-    x, y = evaluation.GAP, 2 * evaluation.GAP
+    x, y = report.GAP, 2 * report.GAP
     label, prediction = (0, 153, 92), (230, 92, 0)
     assert picture.getpixel((x + 50, y + 100)) == label and picture.getpixel((x + 100, y + 50)) == label
     assert picture.getpixel((x + 150, y + 200 + 20)) == prediction
     assert picture.getpixel((x + 200, y + 200)) == prediction                      # its point, at the box's centre
     assert picture.getpixel((x + 100, y + 100)) == (128, 128, 128)
-    below = y + evaluation.TILE + evaluation.TEXT + evaluation.GAP
+    below = y + report.TILE + report.TEXT + report.GAP
     colours = picture.crop((x, below, x + 300, below + 300)).getcolors()
     assert colours == [(90000, (128, 128, 128))]                                   # [] draws nothing: best comes last
 
@@ -312,14 +313,14 @@ def test_a_gallery_that_fails_leaves_the_last_one(tmp_path, monkeypatch):
     (tmp_path / "g.png").write_bytes(b"whole")
     monkeypatch.setattr(Image.Image, "save", save)
     with pytest.raises(OSError, match="disk full"):
-        evaluation.gallery([], [], tmp_path / "g.png")
+        report.gallery([], [], tmp_path / "g.png")
     assert (tmp_path / "g.png").read_bytes() == b"whole"
 
 
 def test_gallery_shows_wrong_and_right_answers(tmp_path, monkeypatch):
     box, shown = [thing(9, 6, 45, 54)], []
     results = [result(box if n != 33 else [], box, (90, 60), id=n) for n in range(100)]
-    monkeypatch.setattr(evaluation, "draw_tile", lambda r, image: shown.append(r["id"]) or Image.new("RGB", (9, 9)))
+    monkeypatch.setattr(report, "draw_tile", lambda r, image: shown.append(r["id"]) or Image.new("RGB", (9, 9)))
     gallery_of(tmp_path, results, [make_sample()] * 100, count=6)
     assert shown[0] == 33 and len(set(shown)) == 6 and shown[1:] == sorted(shown[1:]) and shown[-1] == 99
 
@@ -377,5 +378,5 @@ def test_command_line_writes_answers_and_gallery_and_prints_the_table(checkpoint
     assert saved["settings"]["image_size"] == [96, 96] and saved["settings"]["data"] == "builtin"
     assert saved["settings"]["max_completion_length"] == data.TASKS["shapes"].recipe["max_completion_length"]
     assert saved["settings"]["think"] is False
-    assert evaluation.format_table(saved["metrics"]) in printed
+    assert report.format_table(saved["metrics"]) in printed
     assert "answers.json" in printed and "gallery.png" in printed
