@@ -14,7 +14,7 @@ Glossary of shapes
     N   completions of each prompt        T   completion tokens (right-padded)
     D   hidden size                       V   vocabulary
     H   query heads, K key/value heads, E head size       M   tokens whose log-prob is wanted
-    Activations are flat: x is (tokens, D), first the B*P prompt tokens, then the B*N*T completion tokens.
+    Activations are flat: x is (tokens, D), first the B*P prompt tokens, then those of completions, without padding.
 
 The network knows nothing of ranks, rewards or what a file means. Modules carry the checkpoint's own names, except that
 q/k/v and gate/up are one matrix each here (`checkpoint_tensors`).

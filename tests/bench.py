@@ -361,7 +361,8 @@ def bench_memory(sizes, rounds: int):
         bare = peak_memory(lambda: ours(batch, random_completions(N, T)[None], mask).mean().backward())
         model.token_log_probs = keep
         print(f"| {vocabulary:,} | {loss:.0f} | {loss_full:.0f} | 1/{loss_full / loss:.1f} | {passes[256]:.0f} | "
-              f"{bare:.0f} | {passes[256] / bare - 1:.0%} | {passes[64]:.0f} | {slope * 1024:.0f} KiB a token, off by {bend:.1%} |",
+              f"{bare:.0f} | {passes[256] / bare - 1:.0%} | {passes[64]:.0f} | {slope * 1024:.0f} KiB a token, off by "
+              f"{bend:.1%} |",
               flush=True)
 
 
@@ -377,6 +378,11 @@ def peak_memory(function) -> float:
     return read("VmHWM") - before
 
 
+def fit_line(x, y) -> list[float]:
+    """a and b of the least-squares line y = a + b·x."""
+    return torch.linalg.lstsq(torch.stack([torch.ones_like(x), x], dim=1), y[:, None]).solution[:, 0].tolist()
+
+
 def bench_growth(sizes, rounds: int):
     """Time of the small network against each size, all else fixed; the exponent is the slope in log-log."""
     _, ours = make_networks("small")
@@ -389,9 +395,8 @@ def bench_growth(sizes, rounds: int):
         measure(values[0])
         times = [measure(value) for value in values]
         x, y = torch.tensor(values, dtype=torch.double), torch.tensor(times, dtype=torch.double)
-        fit = lambda x, y: torch.linalg.lstsq(torch.stack([torch.ones_like(x), x], 1), y[:, None]).solution[:, 0].tolist()
-        _, exponent = fit(x.log(), y.log())
-        a, b = fit(x, y)
+        _, exponent = fit_line(x.log(), y.log())
+        a, b = fit_line(x, y)
         off = (y - a - b * x).abs().max() / y.max()
         print(f"| {what} | {', '.join(map(str, values))} | {', '.join(f'{t:.3g}' for t in times)} | {exponent:.2f} | "
               f"{a:.2g} + {b:.2g}·x, {off:.0%} |", flush=True)
