@@ -1,6 +1,6 @@
 """How fast ViSurf's sampler and update are, beside the same work put together from transformers' pieces.
 
-    python tests/bench.py                                # everything; about half an hour on two cores
+    python tests/bench.py                                # everything; about 40 minutes on two cores
     python tests/bench.py sampling update --size small   # some sections, one network size
     python tests/bench.py --cuda                         # the part for a GPU: shapes of Qwen2-VL-2B and 7B, bfloat16
 
@@ -362,8 +362,11 @@ def bench_memory(sizes, rounds: int):
         model.token_log_probs = keep
         print(f"| {vocabulary:,} | {loss:.0f} | {loss_full:.0f} | 1/{loss_full / loss:.1f} | {passes[256]:.0f} | "
               f"{bare:.0f} | {passes[256] / bare - 1:.0%} | {passes[64]:.0f} | {slope * 1024:.0f} KiB a token, off by "
-              f"{bend:.1%} |",
-              flush=True)
+              f"{bend:.1%} |", flush=True)
+    for members in (3, N):  # if memory grew with N·P, the second would be three times the first
+        short, long = (peak_memory(lambda: our_loss(ours, make_prompts(1, side)[0], random_completions(members, 64)))
+                       for side in (SIDES[224], SIDES[840]))
+        print(f"A prompt of 930 instead of 94 tokens takes {long - short:.0f} MiB more in a group of {members}.")
 
 
 def peak_memory(function) -> float:
@@ -530,14 +533,14 @@ SECTIONS = {"sampling": bench_sampling, "update": bench_update, "step": bench_st
             "growth": bench_growth}
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("sections", nargs="*", default=list(SECTIONS), help=f"of {', '.join(SECTIONS)}")
     parser.add_argument("--size", choices=tuple(SIZES), help="one network size (default: both)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cuda", action="store_true", help="the part for a GPU instead, at the shapes of 2B and 7B")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if unknown := set(options.sections) - set(SECTIONS):
         parser.error(f"no section {unknown.pop()}: there are {', '.join(SECTIONS)}")
     if options.cuda:

@@ -77,11 +77,12 @@ def test_the_readmes_python_runs():
 
 
 def test_every_flag_the_readme_names_exists(capsys):
+    import bench
     import eval as evaluate
     import train
 
     known = set()
-    for command in (train, evaluate):
+    for command in (train, evaluate, bench):
         with pytest.raises(SystemExit):
             command.main(["--help"])
         known |= set(re.findall(r"--[\w-]+", capsys.readouterr().out))
