@@ -153,6 +153,9 @@ def test_a_large_vocabulary_is_drawn_from_like_a_small_one():
     assert (tokens[4:] == expected[4:]).float().mean() > 0.98  # a float32 sum of a block may round to its neighbour
     assert ((tokens - expected).abs()[4:] <= 3).all()
     assert (probabilities.gather(1, tokens) > 0).all()
+    steps = torch.tensor([[0.0, 0.5, 1.0, 1.0]], dtype=torch.float64)
+    for fraction, index in ((-1e-9, 1), (0.0, 1), (0.5, 2), (1.0, 2), (1.1, 2)):  # rounding may leave [0, 1)
+        assert model.invert(steps, torch.tensor([[fraction]], dtype=torch.float64)) == index
     assert tokens[0] == (probabilities[0] > 0).nonzero()[0] and tokens[1] == (probabilities[1] > 0).nonzero()[-1]
 
 
