@@ -3,7 +3,7 @@
     python eval.py                                                        # bundled checkpoint, built-in task
     python eval.py --task grounding --model Qwen/Qwen2.5-VL-7B-Instruct --data my.jsonl
 
-samples -> `evaluate` -> results, a dict each, in pixels of the ORIGINAL image -> `metrics`, assets/report.py
+samples -> `evaluate` -> results, a dict each, in pixels of the ORIGINAL image -> `metrics`, support/report.py
 """
 
 import argparse
@@ -147,7 +147,7 @@ def main(argv=None):
     answers = {"settings": vars(config), "metrics": metrics(results), "answers": results}
     (directory / "answers.json.partial").write_text(json.dumps(answers, indent=1))
     (directory / "answers.json.partial").replace(directory / "answers.json")
-    from assets.report import format_table, gallery  # not above: it imports this file
+    from support.report import format_table, gallery  # not above: it imports this file
 
     gallery(results, samples, directory / "gallery.png")
     print(format_table(answers["metrics"]), "", directory / "answers.json", directory / "gallery.png", sep="\n")

@@ -31,7 +31,7 @@ import eval as evaluate  # the module's name hides Python's eval, which nothing 
 import model
 import rewards
 import visurf
-from assets import report
+from support import report
 
 def option(default, help: str, choices=None):
     """A field of Config that is also a command-line flag."""

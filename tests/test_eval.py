@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import eval as evaluation
 import model
-from assets import report
+from support import report
 
 
 def thing(*box):

@@ -32,7 +32,7 @@ def test_who_imports_whom():
 def test_nothing_else_is_required():
     import sys
 
-    outside = set().union(*map(imports, FILES)) - set(sys.stdlib_module_names) - {f[:-3] for f in FILES} - {"assets"}
+    outside = set().union(*map(imports, FILES)) - set(sys.stdlib_module_names) - {f[:-3] for f in FILES} - {"assets", "support"}
     assert outside - {"pyarrow"} <= REQUIRED  # Parquet needs pyarrow, and says so
     assert 'find_spec("pyarrow")' in (ROOT / "data.py").read_text()
 
@@ -91,5 +91,5 @@ def test_every_flag_the_readme_names_exists(capsys):
 
 
 def test_every_file_the_readme_names_exists():
-    for path in re.findall(r"`((?:assets|tests)/[\w./-]*)`", README):
+    for path in re.findall(r"`((?:assets|support|tests)/[\w./-]*)`", README):
         assert (ROOT / path).exists(), path
