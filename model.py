@@ -17,7 +17,7 @@ Glossary of shapes
     Activations are flat: x is (tokens, D), first the B*P prompt tokens, then those of completions, without padding.
 
 The network knows nothing of ranks, rewards or what a file means. Modules carry the checkpoint's own names, except that
-q/k/v and gate/up are one matrix each here (`checkpoint_tensors`).
+q/k/v and gate/up are one matrix each here (`checkpoint_rows`).
 """
 
 import json
@@ -32,6 +32,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
+from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
@@ -50,7 +51,7 @@ class QwenVL(nn.Module):
     def __init__(self, config):  # a transformers Qwen2VLConfig or Qwen2_5_VLConfig
         super().__init__()
         self.config = config
-        self.checkpoint_activations = False  # recompute each layer in the backward pass instead of storing it
+        self.checkpoint_activations = False  # recompute each block in the backward pass instead of storing it
         self.stop_tokens: list[int] = []  # any of these ends a completion
         self.forbidden_tokens: list[int] = []  # have probability 0: vision tokens, rows past the tokenizer's last word
         self.visual = VisionTower(config.vision_config)
@@ -103,7 +104,8 @@ class QwenVL(nn.Module):
         if len(batch.grid_thw) == 0:
             return x
         slots = (prompts == self.config.image_token_id).nonzero()[:, 0]
-        return x.index_copy(0, slots, self.visual(batch.pixels, batch.grid_thw).to(x.dtype))
+        features = self.visual(batch.pixels, batch.grid_thw, self.checkpoint_activations)
+        return x.index_copy(0, slots, features.to(x.dtype))
 
 class LanguageModel(nn.Module):
     """Qwen2: pre-norm transformer with grouped-query attention and multimodal rotary positions."""
@@ -118,10 +120,7 @@ class LanguageModel(nn.Module):
     def forward(self, x, rotary, attend, checkpoint_activations: bool = False) -> torch.Tensor:
         """Run the layers on flat tokens x (tokens, D); `attend` knows which token may see which. No final norm."""
         for layer in self.layers:
-            if checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rotary, attend, use_reentrant=False)
-            else:
-                x = layer(x, rotary, attend)
+            x = run_block(layer, x, rotary, attend, checkpoint_activations)
         return x
 
     def rotary(self, positions: torch.Tensor) -> "Rotary":
@@ -130,6 +129,12 @@ class LanguageModel(nn.Module):
         frequency = rope["rope_theta"] ** -(torch.arange(half, device=positions.device).float() / half)
         axis = torch.arange(3).repeat_interleave(torch.tensor(rope["mrope_section"])).to(positions.device)
         return Rotary(positions[axis].T.float() * frequency)  # angles (tokens, E/2)
+
+def run_block(block, x, rotary, attend, checkpoint_activations: bool) -> torch.Tensor:
+    """block(x, rotary, attend), of either tower; its activations can be recomputed in the backward pass, not stored."""
+    if checkpoint_activations and torch.is_grad_enabled():
+        return checkpoint(block, x, rotary, attend, use_reentrant=False)
+    return block(x, rotary, attend)
 
 class Layer(nn.Module):
     """One transformer block. It sees flat tokens only, so prompts and completions go through it in a single call."""
@@ -313,7 +318,7 @@ class VisionTower(nn.Module):
         self.blocks = nn.ModuleList(VisionBlock(config, self.width, self.windowed) for _ in range(config.depth))
         self.merger = PatchMerger(config, self.width, self.windowed)
 
-    def forward(self, pixels, grid_thw) -> torch.Tensor:
+    def forward(self, pixels, grid_thw, checkpoint_activations: bool = False) -> torch.Tensor:
         """A list of pixels (patches, channels*time*14*14) and grid_thw (images, 3) -> features (patches/merge**2, D).
 
         Patches come in the processor's order: those of one feature are neighbours. ValueError for videos.
@@ -331,7 +336,8 @@ class VisionTower(nn.Module):
         rotary = Rotary(angles.to(x.device))
         for i, block in enumerate(self.blocks):
             whole = not self.windowed or i in self.config.fullatt_block_indexes
-            x = block(x, rotary, partial(segment_attention, lengths=images if whole else windows))
+            attend = partial(segment_attention, lengths=images if whole else windows)
+            x = run_block(block, x, rotary, attend, checkpoint_activations)
         x = self.merger(x)
         return x[order.argsort().to(x.device)] if self.windowed else x
 
@@ -764,31 +770,48 @@ def rows_worth_keeping(alive, share: float = 0.8):
 SIDE_FILES = ("tokenizer*.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
               "generation_config.json", "preprocessor_config.json", "chat_template*", "LICENSE*")
 
-def load_pretrained(path, dtype=torch.float32, device="cpu") -> QwenVL:
+def load_pretrained(path, dtype=torch.float32, device="cpu", shard=None) -> QwenVL:
     """A QwenVL with the weights of a Hugging Face checkpoint directory: one safetensors file or several, hub names or
     those of transformers 5.
 
-    Raises CheckpointError if it is absent, of another kind, or a tensor is missing, unknown or misshaped.
+    `shard(network)`, if given, may split the still empty network's parameters by rows over processes (FSDP2): each then
+    reads its own rows only. Raises CheckpointError if the checkpoint is absent, of another kind, or a tensor is missing,
+    unknown or misshaped.
     """
-    path, config = Path(path), read_config(path)
-    with torch.device("meta"):  # shapes only; every number comes from the files
-        network = QwenVL(config).to(dtype)
+    path, network = Path(path), empty_network(read_config(path)).to(dtype)  # every number comes from the files
+    if shard is not None:
+        shard(network)
     network.to_empty(device=device)
-    network.stop_tokens, network.forbidden_tokens = special_tokens(path, config)
-    files, ours = tensor_files(path), checkpoint_tensors(network)
+    network.stop_tokens, network.forbidden_tokens = special_tokens(path, network.config)
+    files, ours, parameters = tensor_files(path), checkpoint_rows(network), dict(network.named_parameters())
     missing, unknown = sorted(ours.keys() - files), sorted(files.keys() - ours - {"lm_head.weight"})
     if missing or unknown:
         what = f"lacks {missing[0]}" if missing else f"has an unknown tensor {unknown[0]}"
         raise CheckpointError(f"{path}: {what} ({len(missing)} missing, {len(unknown)} unknown): other weights")
-    for name, parameter in ours.items():
-        file, name_there = files[name]
-        with safe_open(file, "pt") as tensors:
-            tensor = tensors.get_tensor(name_there)
-        if tensor.shape != parameter.shape:
-            raise CheckpointError(f"{path}: {name} has shape {tuple(tensor.shape)}, config.json says "
-                                  f"{tuple(parameter.shape)}: weights and config.json do not belong together")
-        parameter.copy_(tensor)
+    for name, (parameter_name, start, stop) in ours.items():
+        parameter, (file, name_there) = parameters[parameter_name], files[name]
+        with safe_open(file, "pt") as tensors, torch.no_grad():
+            tensor, shape = tensors.get_slice(name_there), (stop - start, *parameter.shape[1:])
+            if tuple(tensor.get_shape()) != shape:
+                raise CheckpointError(f"{path}: {name} has shape {tuple(tensor.get_shape())}, config.json says {shape}: "
+                                      "weights and config.json do not belong together")
+            own, first = own_rows(parameter)
+            low, high = max(start, first), min(stop, first + len(own))
+            if low < high:
+                own[low - first : high - first] = tensor[low - start : high - start].to(own)
     return network
+
+def empty_network(config) -> QwenVL:
+    """A network of shapes only, without memory: parameters on the meta device."""
+    with torch.device("meta"):
+        return QwenVL(config)
+
+def own_rows(parameter) -> tuple[torch.Tensor, int]:
+    """The rows of a parameter that this process holds, and which is the first: all, unless FSDP2 has split it."""
+    if not isinstance(parameter, DTensor):
+        return parameter, 0
+    mesh = parameter.device_mesh
+    return parameter.to_local(), -(-len(parameter) // mesh.size()) * mesh.get_local_rank()  # split as by torch.chunk
 
 def save_pretrained(network: QwenVL, directory, source, dtype=torch.bfloat16, max_shard_size="5GB"):
     """Write a Hugging Face checkpoint: weights under their hub names, config.json, and `source`'s tokenizer files."""
@@ -796,7 +819,9 @@ def save_pretrained(network: QwenVL, directory, source, dtype=torch.bfloat16, ma
 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {name: part.to("cpu", dtype, copy=True) for name, part in checkpoint_tensors(network).items()}
+    state = network.state_dict()
+    tensors = {name: state[ours][start:stop].to("cpu", dtype, copy=True)
+               for name, (ours, start, stop) in checkpoint_rows(network).items()}
     save_torch_state_dict(tensors, directory, max_shard_size=max_shard_size)
     network.config.dtype = dtype
     network.config.save_pretrained(directory)
@@ -850,16 +875,21 @@ def tensor_files(path: Path) -> dict:
             raise CheckpointError(f"{file}: damaged or not a safetensors file ({error})") from None
     return found
 
-def checkpoint_tensors(network: QwenVL) -> dict[str, torch.Tensor]:
-    """The network's weights under the checkpoint's names, as views: what is one matrix here may be several there."""
-    text, tensors = network.config.text_config, {}
+def checkpoint_rows(network: QwenVL) -> dict[str, tuple[str, int, int]]:
+    """The checkpoint's name of every tensor -> (our parameter, first row, row after the last): a matrix here may be
+    several there."""
+    text, rows = network.config.text_config, {}
     head = text.hidden_size // text.num_attention_heads
-    rows = [n * head for n in (text.num_attention_heads, text.num_key_value_heads, text.num_key_value_heads)]
-    for name, parameter in network.state_dict().items():
+    qkv = [n * head for n in (text.num_attention_heads, text.num_key_value_heads, text.num_key_value_heads)]
+    for name, parameter in network.named_parameters():
         if ".self_attn.qkv." in name:
-            tensors |= {name.replace("qkv", f"{x}_proj"): part for x, part in zip("qkv", parameter.split(rows))}
+            parts = {name.replace("qkv", f"{x}_proj"): size for x, size in zip("qkv", qkv)}
         elif ".gate_up_proj." in name:
-            tensors |= {name.replace("gate_up", x): part for x, part in zip(("gate", "up"), parameter.chunk(2))}
+            parts = {name.replace("gate_up", x): len(parameter) // 2 for x in ("gate", "up")}
         else:
-            tensors[name.replace(".self_attn.proj.", ".self_attn.o_proj.")] = parameter
-    return tensors
+            parts = {name.replace(".self_attn.proj.", ".self_attn.o_proj."): len(parameter)}
+        start = 0
+        for part, size in parts.items():
+            rows[part] = name, start, start + size
+            start += size
+    return rows

@@ -2,6 +2,7 @@
 
     python train.py                                                     # built-in task, bundled checkpoint, minutes
     python train.py --task grounding --data my.jsonl --model path/to/checkpoint
+    torchrun --nproc_per_node 8 train.py --task grounding               # FSDP2 on eight GPUs, the paper's recipe
     python train.py --method rlvr                                       # no label in the group: GRPO
     python train.py --method sft                                        # no rollouts: cross-entropy on the label
 
@@ -12,18 +13,18 @@ One step, for a batch of prompts:   sample -> score -> inject the label -> advan
 import argparse
 import json
 import math
-import os
-import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from tqdm import tqdm
 
 import data
@@ -31,7 +32,7 @@ import eval as evaluate  # the module's name hides Python's eval, which nothing 
 import model
 import rewards
 import visurf
-from support import report
+from support import checkpoints, processes, report
 
 def option(default, help: str, choices=None):
     """A field of Config that is also a command-line flag."""
@@ -64,6 +65,7 @@ class Config:
     learning_rate: float = option(1e-6, "of AdamW, constant")
     weight_decay: float = option(0.01, "of AdamW")
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
+    beta: float = option(0.0, "weight of the KL to the starting checkpoint; the paper has none")
     epsilon: float = option(0.2, "importance ratios are clipped below 1 - epsilon")
     epsilon_high: float = option(0.0, "and above 1 + epsilon_high (0: epsilon)")
     ratio: str = option("token", "importance ratio per token (GRPO) or per sequence (GSPO)", ("token", "sequence"))
@@ -77,10 +79,16 @@ class Config:
     max_pixels: int = option(0, "keep aspect ratios instead, with at most this many pixels")
     skip_bad_rows: bool = option(False, "leave out rows that cannot be used, and count them")
     checkpoint_activations: bool = option(False, "recompute activations in the backward pass: less memory, slower")
+    dtype: str = option("", "of the computation; weights and optimizer are float32 (default: bfloat16 on GPUs)",
+                        ("float32", "bfloat16"))
+    cpu_offload: bool = option(False, "keep weights and optimizer in the machine's memory, not the GPU's: much slower")
     save_steps: int = option(100, "steps between checkpoints")
+    keep: int = option(1, "checkpoints to keep")
     log_rollouts: int = option(10, "steps between rollouts shown in full")
 
 # ---- The step --------------------------------------------------------------------------------------------------------
+
+GIVE_UP_AFTER = 10  # updates in a row that are not finite
 
 @dataclass
 class Run:
@@ -89,17 +97,17 @@ class Run:
     config: Config
     task: data.Task
     processor: data.Processor
-    network: model.QwenVL
+    network: model.QwenVL  # sharded
+    reference: model.QwenVL | None  # what it was at the start, for beta > 0
     optimizer: torch.optim.Optimizer
+    device: torch.device
     style: data.LabelStyle  # how the rollouts so far wrote their answers
+    spare: data.Example  # what a rank without work computes, for nothing
+    stop: processes.Interruption = field(default_factory=processes.Interruption)
     step: int = 0  # steps done
-    not_finite: int = 0  # updates given up because the gradient was not finite
-
-def make_run(config: Config, task, processor, network) -> Run:
-    """A run at step 0: AdamW on float32 weights, no style seen yet."""
-    network.checkpoint_activations = config.checkpoint_activations
-    optimizer = torch.optim.AdamW(network.parameters(), config.learning_rate, weight_decay=config.weight_decay)
-    return Run(config, task, processor, network, optimizer, data.LabelStyle(task))
+    prompts_seen: int = 0  # the place in the stream of prompts
+    not_finite: int = 0  # updates given up because loss or gradient was not finite
+    not_finite_in_a_row: int = 0
 
 @dataclass
 class Group:
@@ -110,34 +118,50 @@ class Group:
     texts: list[str]
     components: list[dict]  # reward of each member by component
     truncated: int  # rollouts cut off at the length limit
+    advantages: torch.Tensor | None = None  # (N,) float64
 
-def train_step(run: Run, examples: list[data.Example]) -> tuple[dict, list[Group]]:
-    """One batch of prompts through the whole method; returns what is logged, and the groups."""
+    def record(self) -> dict:
+        """What the logs keep of it, and all ranks are told."""
+        return {"question": self.example.sample.question, "texts": self.texts, "rewards": self.components,
+                "lengths": [len(ids) for ids in self.ids], "truncated": self.truncated,
+                "advantages": self.advantages.tolist()}
+
+def train_step(run: Run, examples: list[data.Example]) -> tuple[dict, dict, list[dict]]:
+    """One batch of prompts through the whole method, this rank's share of it being `examples`: every W-th prompt.
+
+    Returns what is logged of the whole batch: metrics, timing, and a record of each group.
+    """
     start = time.perf_counter()
     rollouts = sample_rollouts(run, examples)
+    run.stop.check()  # asked to leave: this step has changed nothing yet
     groups = [score_rollouts(run, example, completions) for example, completions in zip(examples, rollouts)]
+    for texts in processes.interleaved([group.texts for group in groups]):
+        for text in texts:  # the label's style learns from the rollouts of all ranks
+            run.style.observe(text)
     if run.config.method != "rlvr":
         inject_labels(run, groups)
-    advantages = compute_advantages(run.config, groups)  # (B, N)
+    for group in groups:
+        group.advantages = compute_advantages(run.config, group)
     sampled = time.perf_counter()
-    metrics = update(run, groups, advantages)
-    seconds = {"rollout_seconds": sampled - start, "update_seconds": time.perf_counter() - sampled}
-    return describe(run, groups, advantages) | metrics | seconds, groups
+    updated = update(run, groups)
+    records = processes.interleaved([group.record() for group in groups])
+    timing = {"rollout_seconds": sampled - start, "update_seconds": time.perf_counter() - sampled}
+    return describe(run, records) | updated, timing, records
 
 def sample_rollouts(run: Run, examples) -> list[list[model.Completion]]:
-    """G completions of each prompt; the seed of a prompt's rollouts is its place in the run."""
+    """G completions of each prompt; their seed is the prompt's place in the run, whatever rank draws them."""
     config = run.config
     if config.method == "sft":
         return [[] for _ in examples]
-    seeds = [mix_seeds(config.seed, run.step * config.batch_size + i) for i in range(len(examples))]
-    return model.generate(run.network, examples, config.num_generations, config.max_completion_length,
-                          config.temperature, config.top_p, config.top_k, seeds)
+    places = range(run.prompts_seen + dist.get_rank(), run.prompts_seen + config.batch_size, dist.get_world_size())
+    seeds = [mix_seeds(config.seed, place) for place in places]
+    with gathered(run.network) as network:
+        return model.generate(network, examples, config.num_generations, config.max_completion_length,
+                              config.temperature, config.top_p, config.top_k, seeds)
 
 def score_rollouts(run: Run, example, completions) -> Group:
-    """The group of one prompt without its label; the label's style learns from the rollouts."""
+    """The group of one prompt without its label."""
     texts = [run.processor.decode(completion.ids) for completion in completions]
-    for text in texts:
-        run.style.observe(text)
     truncated = sum(not completion.finished for completion in completions)
     return Group(example, [c.ids for c in completions], texts, [score(run, t, example) for t in texts], truncated)
 
@@ -160,122 +184,232 @@ def inject_labels(run: Run, groups: list[Group]):
         group.ids.append(run.processor.label_ids(text))
         group.components.append(components)
 
-def compute_advantages(config: Config, groups: list[Group]) -> torch.Tensor:
-    """Advantages (B, N), float64; in SFT every label weighs 1."""
+def compute_advantages(config: Config, group: Group) -> torch.Tensor:
+    """Advantages (N,) of one group, float64; in SFT the label weighs 1."""
     if config.method == "sft":
-        return torch.ones(len(groups), 1, dtype=torch.float64)
-    totals = [[sum(components.values()) for components in group.components] for group in groups]
-    totals = torch.tensor(totals, dtype=torch.float64)[:, : config.num_generations]  # (B, G)
+        return torch.ones(1, dtype=torch.float64)
+    totals = [sum(components.values()) for components in group.components[: config.num_generations]]
+    totals = torch.tensor(totals, dtype=torch.float64)  # (G,)
     if config.method == "rlvr":
         return visurf.group_advantages(totals)
-    labels = [group.components[-1] for group in groups]
-    labels = {name: torch.tensor([label[name] for label in labels], dtype=torch.float64) for name in labels[0]}
-    return visurf.visurf_advantages(totals, labels, rewards.THINKING, config.drop_thinking_reward,
+    return visurf.visurf_advantages(totals, group.components[-1], rewards.THINKING, config.drop_thinking_reward,
                                     config.smooth_label_reward)
 
-def update(run: Run, groups: list[Group], advantages: torch.Tensor) -> dict:
-    """One or more optimizer steps on the groups. Groups without any advantage are left out: their gradient is 0."""
-    config = run.config
-    tokens = sum(len(ids) for group in groups for ids in group.ids)
-    total = tokens if config.average == "token" else advantages.numel()  # of the whole batch, however it is cut
-    useful = [i for i in range(len(groups)) if advantages[i].any()]
-    useful.sort(key=lambda i: max(map(len, groups[i].ids)))  # groups of similar length share a piece: little padding
+def update(run: Run, groups: list[Group]) -> dict:
+    """One or more optimizer steps on the groups of all ranks; groups without any advantage are left out, they have no
+    gradient. All ranks compute equally many pieces, some perhaps of nothing: every rank takes part in every gather."""
+    config, world = run.config, dist.get_world_size()
+    useful = [group for group in groups if group.advantages.any() or config.beta]
+    useful.sort(key=lambda group: max(map(len, group.ids)))  # groups of similar length share a piece: little padding
     pieces = [useful[i : i + config.micro_batch_size] for i in range(0, len(useful), config.micro_batch_size)]
-    pieces = [make_piece(run, [groups[i] for i in piece], advantages[piece]) for piece in pieces]
-    with torch.no_grad():  # with a single iteration, the policy that is updated is the one that sampled
-        old = [run.network(*piece[:3], config.temperature) if config.num_iterations > 1 else None for piece in pieces]
+    lengths = [len(ids) for group in groups for ids in group.ids]
+    sizes = processes.everyone((sum(lengths), len(lengths), len(pieces)))
+    tokens, members = (sum(size[i] for size in sizes) for i in (0, 1))  # of the whole batch, however it is cut
+    pieces += [[]] * (max(size[2] for size in sizes) - len(pieces))
+    pieces = [make_piece(run, piece) for piece in pieces]
+    # FSDP averages gradients over ranks: divided by its fair share, a rank's sum becomes a part of the batch's mean
+    total = (tokens if config.average == "token" else members) / world
+    old, reference = log_probs_before(run, pieces)
 
-    metrics = {"loss": 0.0, "grad_norm": 0.0, "clipped": 0.0, "kl": 0.0}
+    metrics = dict.fromkeys(("loss", "grad_norm", "clipped", "kl"), 0.0)
     for iteration in range(config.num_iterations if pieces else 0):
         run.optimizer.zero_grad(set_to_none=True)
-        for (batch, ids, mask, A), before in zip(pieces, old):
-            guess = torch.zeros(mask.shape, device=mask.device, requires_grad=True)
-            loss_of(config, guess, guess.detach(), A, mask, total)[0].backward()  # its gradient while the ratio is 1
-            expected = guess.grad if iteration == 0 else None
-            logprobs = run.network(batch, ids, mask, config.temperature, expected)  # (b, N, T)
-            before = logprobs.detach() if before is None else before
-            loss, stats = loss_of(config, logprobs, before, A, mask, total)
-            loss.backward()
-            metrics["loss"] += loss.item() / config.num_iterations
-            for name, value in stats.items():  # means over a piece's tokens -> mean over the batch's
-                metrics[name] += (value * mask.sum()).item() / tokens / config.num_iterations
-        norm = torch.nn.utils.clip_grad_norm_(run.network.parameters(), config.max_grad_norm).item()
-        metrics["grad_norm"] = norm
-        if math.isfinite(norm):
+        known = iteration == 0 and run.reference is None
+        stats = [backward(run, *inputs, total, known) for inputs in zip(pieces, old, reference)]
+        stats = {name: sum(piece[name] for piece in stats) for name in stats[0]}  # scalars, on the device
+        sums = torch.stack([*stats.values()]).double().cpu()
+        dist.all_reduce(sums)
+        parts = dict(zip(stats, sums.tolist()))
+        parts = {name: value / (world if name == "loss" else tokens) for name, value in parts.items()}
+        norm = torch.nn.utils.clip_grad_norm_(run.network.parameters(), config.max_grad_norm).full_tensor().item()
+        if math.isfinite(norm) and math.isfinite(parts["loss"]):
             run.optimizer.step()
-        else:  # this update is dropped and counted, and the run goes on
-            run.not_finite += 1
-    return metrics
+            run.not_finite_in_a_row = 0
+        else:  # on all ranks alike: this update is dropped and counted, and the run goes on
+            run.not_finite, run.not_finite_in_a_row = run.not_finite + 1, run.not_finite_in_a_row + 1
+        for name, value in parts.items():
+            metrics[name] = metrics.get(name, 0.0) + value / config.num_iterations
+        metrics["grad_norm"] = norm
+    run.optimizer.zero_grad(set_to_none=True)
+    return metrics | {"not_finite": run.not_finite}
 
-def loss_of(config: Config, logprobs, old, A, mask, total) -> tuple[torch.Tensor, dict]:
-    """The method's loss on some groups, divided by the whole batch's `total`, and what policy_loss tells about it."""
+def make_piece(run: Run, groups: list[Group]):
+    """The tensors of a few groups: prompts, completions (b, N, T), mask (b, N, T), advantages (b, N). Of none, those of
+    a prompt whose completion is masked out: it costs a pass and changes nothing."""
+    ids, mask = model.pad_completions([group.ids for group in groups] or [[torch.zeros(1, dtype=torch.long)]])
+    mask &= bool(groups)
+    advantages = torch.stack([group.advantages for group in groups] or [torch.zeros(1)])
+    examples = [group.example for group in groups] or [run.spare]
+    batch = model.PromptBatch.from_prompts(examples, run.network.config, run.device)
+    return batch, ids.to(run.device), mask.to(run.device), advantages.to(run.device)
+
+def log_probs_before(run: Run, pieces) -> tuple[list, list]:
+    """Log-probs (b, N, T) of every piece under the policy that sampled and under the reference; None if not needed.
+
+    With a single iteration, the policy that is updated is the one that sampled: its own log-probs, detached, will do.
+    """
+    log_probs = lambda network: [network(*piece[:3], run.config.temperature) for piece in pieces]
+    nothing = [None] * len(pieces)
+    with torch.no_grad():
+        old = log_probs(run.network) if run.config.num_iterations > 1 else nothing
+        if run.reference is None:
+            return old, nothing
+        reference = log_probs(run.reference)
+        run.reference.reshard()  # FSDP keeps the root's weights gathered after a pass that has no backward
+    return old, reference
+
+def backward(run: Run, piece, old, reference, total, known: bool) -> dict:
+    """Add a piece's gradient; returns its loss, and sums over its tokens of what loss_of tells.
+
+    `known`: while the ratio is 1, the gradient by each log-prob does not depend on their values, and the output head
+    needs one pass instead of two (model.TokenLogProbs).
+    """
+    config, (batch, ids, mask, A) = run.config, piece
+    expected = None
+    if known:
+        guess = torch.zeros(mask.shape, device=mask.device, requires_grad=True)
+        loss_of(config, guess, guess.detach(), None, A, mask, total)[0].backward()
+        expected = guess.grad
+    logprobs = run.network(batch, ids, mask, config.temperature, expected)  # (b, N, T)
+    old = logprobs.detach() if old is None else old
+    loss, stats = loss_of(config, logprobs, old, reference, A, mask, total)
+    loss.backward()
+    return {"loss": loss.detach(), **{name: value * mask.sum() for name, value in stats.items()}}
+
+def loss_of(config: Config, logprobs, old, reference, A, mask, total) -> tuple[torch.Tensor, dict]:
+    """The method's loss on some groups, divided by `total`, and means over their tokens of what is worth knowing."""
     if config.method == "sft":
         return visurf.sft_loss(logprobs, mask, config.average, total), {}
     clip = config.epsilon, config.epsilon_high or config.epsilon
-    return visurf.policy_loss(logprobs, old, A, mask, *clip, config.ratio, config.average, total)
+    loss, stats = visurf.policy_loss(logprobs, old, A, mask, *clip, config.ratio, config.average, total)
+    if reference is not None:
+        kl, sampled = visurf.kl_estimate(reference - logprobs), mask.clone()
+        if config.method == "visurf":
+            sampled[:, -1] = False  # the estimate holds for draws from the policy, and the label is none
+        loss = loss + config.beta * visurf.masked_mean(kl, sampled, config.average, total)
+        stats["reference_kl"] = visurf.masked_mean(kl.detach(), sampled, total=mask.sum().clamp(min=1))
+    return loss, stats
 
-def make_piece(run: Run, groups: list[Group], advantages):
-    """The tensors of a few groups: prompts, completions (b, N, T), their mask, advantages (b, N)."""
-    device = run.network.head_weight.device
-    ids, mask = model.pad_completions([group.ids for group in groups])
-    batch = model.PromptBatch.from_prompts([group.example for group in groups], run.network.config, device)
-    return batch, ids.to(device), mask.to(device), advantages.to(device)
+# ---- Many processes --------------------------------------------------------------------------------------------------
+
+def shard(config: Config, device: torch.device, network: model.QwenVL):
+    """Let each of W ranks hold 1/W of the rows of every weight (FSDP2), in float32. A block's weights are gathered for
+    its turn, in the computation's dtype; its gradients are summed up in float32. What is left, tied or untied head and
+    embedding among it, is the root's."""
+    policy = MixedPrecisionPolicy(compute_dtype(config, device), torch.float32, cast_forward_inputs=False)
+    offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if config.cpu_offload else OffloadPolicy()
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for module in [*network.visual.blocks, *network.model.layers, network]:
+        fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload)
+
+@contextmanager
+def gathered(network: model.QwenVL):
+    """The whole network on every rank, a plain one, without hooks: one all-gather per unit here, and none while it
+    decodes, so ranks need not keep step. Its weights are gone after the `with` block."""
+    units = [module for module in network.modules() if isinstance(module, FSDPModule)]
+    for handle in [unit.unshard(async_op=True) for unit in units]:
+        handle.wait()
+    whole = model.empty_network(network.config)
+    whole.load_state_dict(dict(network.named_parameters()), assign=True)
+    whole.stop_tokens, whole.forbidden_tokens = network.stop_tokens, network.forbidden_tokens
+    try:
+        yield whole
+    finally:
+        for unit in units:
+            unit.reshard()
+
+def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
+    return getattr(torch, config.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
 
 # ---- The loop --------------------------------------------------------------------------------------------------------
 
 def train(config: Config):
     """A whole run: check what the user gave, load, evaluate, train, save, evaluate again."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise data.DataError("several processes are not supported yet: use plain python, or --nproc_per_node 1")
-    task = data.TASKS[config.task]
+    device, task = processes.start(), data.TASKS[config.task]
     checkpoint = data.fetch(config.model or task.model, "model")
-    model.read_config(checkpoint)
+    empty = model.empty_network(model.read_config(checkpoint))
     processor = data.Processor.from_pretrained(checkpoint)
     samples = data.load_samples(config.data, task, "train", skip_bad_rows=config.skip_bad_rows)
     held_out = []
     if config.eval_samples and (config.eval_data or task.eval_data == "builtin"):
         held_out = data.load_samples(config.eval_data, task, "test", config.eval_samples, config.skip_bad_rows)
     encode = partial(processor.encode, task=task, max_prompt_length=config.max_prompt_length, **encoding(config))
-    encode(samples[0])  # image settings or a prompt that cannot work: before the weights are read
-    directory = check_output(config)
+    spare = encode(samples[0])  # image settings or a prompt that cannot work: before the weights are read
+    size = sum(parameter.numel() for parameter in empty.parameters())
+    directory = processes.on_first_rank(checkpoints.check_output, config, size)
 
-    network = model.load_pretrained(checkpoint, device="cuda" if torch.cuda.is_available() else "cpu")
-    run = make_run(config, task, processor, network)
-    claim_output(config, directory)
-    if config.resume and (last := last_checkpoint(directory)):
-        load_state(run, last)
-    print(f"{config.method} on {config.task}: {len(samples)} samples ({samples.skipped} bad rows skipped, "
-          f"{samples.clipped} boxes clipped), {sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters\n"
-          "The policy loss stays near 0, which is normal: advantages have mean 0. Watch the rewards.")
+    run = make_run(config, task, processor, checkpoint, spare, device)
+    processes.on_first_rank(checkpoints.claim_output, config, directory)
+    if config.resume and (last := checkpoints.last_checkpoint(directory)):
+        checkpoints.load(run, last)
+    say(f"{config.method} on {config.task}: {len(samples)} samples ({samples.skipped} bad rows skipped, "
+        f"{samples.clipped} boxes clipped), {size / 1e6:.1f} M parameters, {dist.get_world_size()} x {device.type}\n"
+        "The policy loss stays near 0, which is normal: advantages have mean 0. Watch the rewards.")
     if not (run.step and (directory / "before.json").exists()):  # a resumed run knows what it started from
         run_evaluation(run, held_out, directory / "before.json")
-    loop(run, samples, encode, directory, checkpoint)
-    final = save(run, directory, checkpoint)
+    with run.stop:
+        loop(run, samples, encode, directory, checkpoint)
+        final = checkpoints.save(run, gathered(run.network), directory, checkpoint)
     run_evaluation(run, held_out, directory / "after.json", directory / "gallery.png")
-    report.end_of_run(directory, final)
+    if processes.is_first():
+        report.end_of_run(directory, final)
+
+def make_run(config: Config, task, processor, checkpoint, spare, device) -> Run:
+    """A run at step 0: sharded networks, AdamW on float32 weights, no style seen yet."""
+    where = "cpu" if config.cpu_offload else device
+    load = partial(model.load_pretrained, checkpoint, device=where, shard=partial(shard, config, device))
+    network, reference = load(), None
+    network.checkpoint_activations = config.checkpoint_activations
+    if config.beta:
+        reference = load(dtype=compute_dtype(config, device)).requires_grad_(False)
+    optimizer = torch.optim.AdamW(network.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+    return Run(config, task, processor, network, reference, optimizer, device, data.LabelStyle(task), spare)
 
 def loop(run: Run, samples, encode, directory: Path, source):
-    """Steps until max_steps, with a line, a record and now and then a checkpoint for each."""
-    config = run.config
-    metrics_file, completions_file = (open_log(directory / f"{name}.jsonl", run.step) for name in LOGS)
-    for _ in tqdm(range(run.step, config.max_steps), "training", config.max_steps, initial=run.step, leave=False):
-        order = data_order(len(samples), run.step * config.batch_size, config.batch_size, config.seed)
+    """Steps until max_steps, with a line, records and now and then a checkpoint for each."""
+    config, first = run.config, processes.is_first()
+    logs = {name: checkpoints.open_log(directory / f"{name}.jsonl", run.step) for name in checkpoints.LOGS if first}
+    log = lambda name, record: print(json.dumps({"step": run.step, **record}), file=logs[name], flush=True)
+    steps = range(run.step, config.max_steps)
+    for _ in tqdm(steps, "training", config.max_steps, initial=run.step, leave=False, disable=not first):
         try:
-            examples = [encode(samples[i]) for i in order]
-        except data.DataError:  # an image that cannot be decoded: what was learnt so far is kept
-            save(run, directory, source)
+            metrics, timing, records = train_step(run, next_examples(run, samples, encode))
+        except (processes.Interrupted, data.DataError):  # on all ranks alike; what was learnt so far is kept
+            checkpoints.save(run, gathered(run.network), directory, source)
             raise
-        metrics, groups = train_step(run, examples)
-        run.step += 1
-        tqdm.write(report.step_line(metrics, run.step, config.max_steps))
-        print(json.dumps({"step": run.step, **metrics}), file=metrics_file, flush=True)
-        if (run.step - 1) % config.log_rollouts == 0:
-            tqdm.write(report.show_group(groups[0], config.method))
-            for group in groups:
-                record = {"step": run.step, "question": group.example.sample.question, "texts": group.texts}
-                print(json.dumps({**record, "rewards": group.components}), file=completions_file, flush=True)
+        run.step, run.prompts_seen = run.step + 1, run.prompts_seen + config.batch_size
+        if first:
+            tqdm.write(report.step_line(metrics | timing, run.step, config.max_steps))
+            log("metrics", metrics)
+            log("timing", timing)
+            if (run.step - 1) % config.log_rollouts == 0:
+                tqdm.write(report.show_group(records[0], config.method))
+                for record in records:
+                    log("completions", record)
         if run.step % config.save_steps == 0:
-            save(run, directory, source)
+            checkpoints.save(run, gathered(run.network), directory, source)
+
+def next_examples(run: Run, samples, encode) -> list[data.Example]:
+    """This rank's share of the next batch: its places rank, rank + W, … Raises on all ranks what happened on any."""
+    config, error, examples = run.config, None, []
+    run.stop.check()
+    if run.not_finite_in_a_row >= GIVE_UP_AFTER:
+        raise data.DataError(f"{GIVE_UP_AFTER} updates in a row had a loss or gradient that is not finite, the last at "
+                             f"step {run.step}: lower --learning_rate, or compute in --dtype float32")
+    order = data_order(len(samples), run.prompts_seen, config.batch_size, config.seed)
+    try:
+        examples = [encode(samples[i]) for i in order[dist.get_rank() :: dist.get_world_size()]]
+    except data.DataError as problem:  # an image that cannot be decoded
+        error = problem
+    for problem in processes.everyone(error):
+        if problem is not None:
+            raise problem
+    return examples
+
+def say(text: str):
+    """Print once, not once a process."""
+    if processes.is_first():
+        print(text)
 
 def data_order(size: int, first: int, count: int, seed: int) -> list[int]:
     """Which samples are number first .. first + count - 1 of an endless stream that shuffles the data each epoch."""
@@ -295,116 +429,46 @@ def encoding(config: Config) -> dict:
 
 # ---- What is shown ---------------------------------------------------------------------------------------------------
 
-def describe(run: Run, groups: list[Group], advantages) -> dict:
+def describe(run: Run, records: list[dict]) -> dict:
     """What happened in a step: shares from 0 to 1, rewards as means over rollouts, lengths in tokens."""
     config, metrics, mean = run.config, {}, lambda values: sum(values) / len(values)
     if config.method != "sft":
-        rollouts = [components for group in groups for components in group.components[: config.num_generations]]
-        lengths = [len(ids) for group in groups for ids in group.ids[: config.num_generations]]
+        rollouts = [components for record in records for components in record["rewards"][: config.num_generations]]
+        lengths = [length for record in records for length in record["lengths"][: config.num_generations]]
         metrics = {"reward": mean([sum(components.values()) for components in rollouts])}
         metrics |= {f"reward/{name}": mean([components[name] for components in rollouts]) for name in rollouts[0]}
-        metrics |= {"no_signal": mean([not group.any() for group in advantages]), "length": mean(lengths),
-                    "truncated": sum(group.truncated for group in groups) / len(lengths), "tokens": sum(lengths),
+        metrics |= {"no_signal": mean([not any(record["advantages"]) for record in records]), "length": mean(lengths),
+                    "truncated": sum(record["truncated"] for record in records) / len(lengths), "tokens": sum(lengths),
                     "style": run.style.example()}
     if config.method == "visurf":
         reward = lambda label: visurf.label_reward(label, rewards.THINKING, config.drop_thinking_reward).item()
-        metrics |= {"label_reward": mean([reward(group.components[-1]) for group in groups]),  # before smoothing
-                    "label_active": mean((advantages[:, -1].abs() > 1e-6).tolist()),
-                    "label_advantage": advantages[:, -1].mean().item()}
-    return metrics | {"not_finite": run.not_finite}
+        label_advantages = [record["advantages"][-1] for record in records]
+        metrics |= {"label_reward": mean([reward(record["rewards"][-1]) for record in records]),  # before smoothing
+                    "label_active": mean([abs(advantage) > 1e-6 for advantage in label_advantages]),
+                    "label_advantage": mean(label_advantages)}
+    return metrics
 
 def run_evaluation(run: Run, samples, answers: Path, gallery: Path | None = None):
     """Held-out metrics and every answer go to a file, and some answers into a picture; nothing without samples."""
     if not samples:
         return
-    results = evaluate.evaluate(run.network, run.processor, run.task, samples,
-                                max_new_tokens=run.config.max_completion_length, **encoding(run.config))
-    answers.write_text(json.dumps({"metrics": evaluate.metrics(results), "answers": results}, indent=1))
-    if gallery:
-        report.gallery(results, samples, gallery)
-
-# ---- What is kept ----------------------------------------------------------------------------------------------------
-
-LOGS = ("metrics", "completions")
-RUN_FILES = ("config.json", "metrics.jsonl", "completions.jsonl", "before.json", "after.json", "gallery.png",
-             "checkpoint-[0-9]*", "unfinished")
-
-def check_output(config: Config) -> Path:
-    """The output directory, made if absent; a DataError if it holds another run or cannot be written."""
-    directory = Path(config.output_dir or f"runs/{config.task}-{config.method}")
-    if (directory / "config.json").exists() and not (config.resume or config.overwrite):
-        raise data.DataError(f"{directory} holds another run: --resume continues it, --overwrite replaces it, another "
-                             "--output_dir leaves it alone")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "unfinished").mkdir(exist_ok=True)
-    except OSError as error:
-        raise data.DataError(f"{directory}: not writable ({error.strerror}); choose another --output_dir") from None
-    return directory
-
-def claim_output(config: Config, directory: Path):
-    """Make the directory this run's. Not before the weights are loaded: a run that cannot start deletes nothing.
-
-    --overwrite removes what a run writes and nothing else: the directory may be somebody's home.
-    """
-    for path in [path for name in RUN_FILES for path in directory.glob(name) if config.overwrite]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    (directory / "config.json").write_text(json.dumps(asdict(config), indent=2))
-
-def open_log(path: Path, steps_done: int):
-    """A log to append to, without the records of steps that a resumed run will do again."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= steps_done))
-    return path.open("a")
-
-def last_checkpoint(directory: Path) -> Path | None:
-    """The newest complete checkpoint of a run; unfinished ones have another name."""
-    return max(directory.glob("checkpoint-[0-9]*"), key=lambda path: int(path.name.split("-")[1]), default=None)
-
-def save(run: Run, directory: Path, source) -> Path:
-    """Write checkpoint-STEP, a Hugging Face checkpoint with the training state beside it, and drop the one before.
-
-    It is written under another name and renamed when complete: a run that is killed leaves its last checkpoint whole.
-    """
-    final, before = directory / f"checkpoint-{run.step}", last_checkpoint(directory)
-    if final == before:
-        return final
-    unfinished = directory / "unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(run.network, unfinished, source)
-    tensors = {}
-    for name, parameter in run.network.named_parameters():
-        tensors[f"weight/{name}"] = parameter.detach()
-        tensors |= {f"{key}/{name}": value for key, value in run.optimizer.state[parameter].items()}
-    save_file(tensors, unfinished / "training_state.safetensors")
-    state = {"step": run.step, "not_finite": run.not_finite, "style": run.style.state_dict()}
-    (unfinished / "training_state.json").write_text(json.dumps(state))
-    os.replace(unfinished, final)
-    if before is not None:
-        shutil.rmtree(before)
-    return final
-
-def load_state(run: Run, checkpoint: Path):
-    """Continue where `save` left off: float32 weights, optimizer moments, step, label style."""
-    state = json.loads((checkpoint / "training_state.json").read_text())
-    run.step, run.not_finite = state["step"], state["not_finite"]
-    run.style.load_state_dict(state["style"])
-    parameters = dict(run.network.named_parameters())
-    with safe_open(checkpoint / "training_state.safetensors", "pt") as tensors:
-        for key in tensors.keys():
-            kind, name = key.split("/")
-            value, parameter = tensors.get_tensor(key), parameters[name]
-            if kind == "weight":
-                parameter.data.copy_(value)
-            else:  # AdamW's moments live beside the parameter, its step count on the CPU
-                run.optimizer.state[parameter][kind] = value if kind == "step" else value.to(parameter.device)
+    share = [samples[i] for i in range(dist.get_rank(), len(samples), dist.get_world_size())]
+    with gathered(run.network) as network:
+        results = evaluate.evaluate(network, run.processor, run.task, share, progress=processes.is_first(),
+                                    max_new_tokens=run.config.max_completion_length, **encoding(run.config))
+    results = processes.interleaved(results)  # in the order of the samples
+    if processes.is_first():
+        content = {"metrics": evaluate.metrics(results), "answers": results}
+        checkpoints.write_text(answers, json.dumps(content, indent=1))
+        if gallery:
+            report.gallery(results, samples, gallery)
 
 # ---- The command line ------------------------------------------------------------------------------------------------
 
 def parse_command_line(argv=None) -> Config:
     """Flags from Config's fields; a flag that was not given takes the task's default, then Config's."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS)
-    parser.error = lambda message: parser.exit(2, f"train.py: {message}\n")
+    parser.error = lambda message: parser.exit(2, f"train.py: {message}\n" if processes.is_first() else None)
     for f in fields(Config):
         help = f.metadata["help"] + (f" (default: {f.default})" if f.default or f.type is bool else "")
         if f.type is bool:
@@ -414,22 +478,22 @@ def parse_command_line(argv=None) -> Config:
     given = vars(parser.parse_args(argv))
     config = Config(**{**data.TASKS[given.get("task", Config.task)].recipe, **given})
     for name in ("max_steps", "batch_size", "micro_batch_size", "num_generations", "num_iterations", "save_steps",
-                 "log_rollouts", "max_prompt_length", "max_completion_length", "temperature", "top_p", "learning_rate"):
+                 "keep", "log_rollouts", "max_prompt_length", "max_completion_length", "temperature", "top_p",
+                 "learning_rate"):
         if not 0 < getattr(config, name) < math.inf:
             parser.error(f"--{name} must be a number greater than 0, not {getattr(config, name)}")
     if config.method == "rlvr" and config.num_generations < 2:
         parser.error("--num_generations 1 leaves rlvr nothing to compare in a group: use 2 or more, or --method visurf")
+    if config.beta and config.method == "sft":
+        parser.error("--beta weighs a KL over rollouts, and --method sft has none: leave it out")
     if config.resume and config.overwrite:
         parser.error("--resume continues the run in --output_dir and --overwrite deletes it: give one of them")
     return config
 
 def main(argv=None):
     config = parse_command_line(argv)
-    try:
+    with processes.one_report("train.py", (data.DataError, model.CheckpointError, OSError)):
         train(config)
-    except (data.DataError, model.CheckpointError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
 
 if __name__ == "__main__":
     main()

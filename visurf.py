@@ -108,7 +108,7 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, epsilon_low: float = 0
     (-0.05, 0.5)
     """
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)  # (..., N, T)
-    kl = log_ratio.detach().expm1() - log_ratio.detach()  # >= 0, unbiased (Schulman's k3)
+    kl = kl_estimate(log_ratio.detach())
     if ratio == "sequence":
         lengths = mask.sum(dim=-1, keepdim=True).clamp(min=1)
         log_ratio = (log_ratio.sum(dim=-1, keepdim=True) / lengths).expand_as(logprobs)
@@ -121,6 +121,18 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, epsilon_low: float = 0
     tokens = mask.sum().clamp(min=1)
     stats = {"clipped": (clipped & mask).sum() / tokens, "kl": (kl * mask).sum() / tokens}
     return -masked_mean(objective, mask, average, total), stats
+
+def kl_estimate(log_ratio) -> torch.Tensor:
+    """KL(p, q) at each token drawn from p, from log q - log p there: never negative, right on average (Schulman's k3).
+
+    With p the policy and q a frozen reference, beta times its mean over rollouts is GRPO's KL term, which ViSurf drops.
+
+    >>> p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.25, 0.75])
+    >>> estimate = (p * kl_estimate((q / p).log())).sum()                         # the mean over draws from p
+    >>> torch.allclose(estimate, (p * (p / q).log()).sum())
+    True
+    """
+    return log_ratio.expm1() - log_ratio
 
 def sft_loss(logprobs, mask, average: str = "token", total=None) -> torch.Tensor:
     """Cross-entropy of the labels: the negated mean log-prob of logprobs (..., T) where mask (..., T) is True.

@@ -31,13 +31,13 @@ def step_line(m: dict, step: int, max_steps: int) -> str:
     words += [f"{m['rollout_seconds']:.1f} s rollout + {m['update_seconds']:.1f} s update"]
     return " | ".join(words + [f"{m['not_finite']} updates were not finite"] * (m["not_finite"] > 0))
 
-def show_group(group, method: str) -> str:
+def show_group(record: dict, method: str) -> str:
     """The first and the last member of a group in full, as a reader would want to see them."""
-    lines = [f"    {group.example.sample.question}"]
-    for i in sorted({0, len(group.texts) - 1}):
-        which = "rollout" if i < len(group.texts) - (method != "rlvr") else "label"
-        reward = ", ".join(f"{name} {value:.2f}" for name, value in group.components[i].items())
-        lines.append(f"    {which:7s} {group.texts[i]!r} ({reward})")
+    lines, texts = [f"    {record['question']}"], record["texts"]
+    for i in sorted({0, len(texts) - 1}):
+        which = "rollout" if i < len(texts) - (method != "rlvr") else "label"
+        reward = ", ".join(f"{name} {value:.2f}" for name, value in record["rewards"][i].items())
+        lines.append(f"    {which:7s} {texts[i]!r} ({reward})")
     return "\n".join(lines)
 
 def end_of_run(directory: Path, checkpoint: Path):

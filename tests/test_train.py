@@ -15,6 +15,7 @@ import eval as evaluate
 import model
 import rewards
 import train
+from support import checkpoints, processes
 
 TINY = ROOT / "assets" / "tiny-qwen2-vl"
 FAST = ["--max_steps", "2", "--batch_size", "2", "--num_generations", "3", "--max_completion_length", "48",
@@ -32,17 +33,30 @@ def records(directory: Path, name="metrics") -> list[dict]:
 
 
 def weights(directory: Path) -> dict:
-    return model.load_pretrained(train.last_checkpoint(directory)).state_dict()
+    return model.load_pretrained(checkpoints.last_checkpoint(directory)).state_dict()
 
 
 def start(tmp_path, *flags):
     """A Run at step 0 and its first batch of examples, for tests of a single step."""
     config = train.parse_command_line([*FAST, "--output_dir", str(tmp_path), *map(str, flags)])
-    task = data.TASKS["shapes"]
-    processor, network = data.Processor.from_pretrained(TINY), model.load_pretrained(TINY)
+    task, processor, device = data.TASKS["shapes"], data.Processor.from_pretrained(TINY), processes.start()
     samples = data.load_samples("builtin", task, limit=config.batch_size)
     examples = [processor.encode(sample, task) for sample in samples]
-    return train.make_run(config, task, processor, network), examples
+    return train.make_run(config, task, processor, TINY, examples[0], device), examples
+
+
+def state(run_) -> dict:
+    """A copy of all weights."""
+    return {name: parameter.full_tensor().detach().clone() for name, parameter in run_.network.named_parameters()}
+
+
+def update_gradient(run_, examples, monkeypatch) -> tuple[dict, torch.Tensor]:
+    """A step's metrics, and the gradient it handed to the optimizer."""
+    kept = []
+    parameters = list(run_.network.parameters())
+    monkeypatch.setattr(run_.optimizer, "step", lambda: kept.extend(p.grad.full_tensor().flatten() for p in parameters))
+    metrics, _, _ = train.train_step(run_, examples)
+    return metrics, torch.cat(kept)
 
 
 def answer_with(monkeypatch, run_, write):
@@ -147,11 +161,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     whole = run(tmp_path, "--max_steps", 4, "--num_iterations", 2, name="whole")
     run(tmp_path, "--max_steps", 2, "--num_iterations", 2, name="parts")
     parts = run(tmp_path, "--max_steps", 4, "--num_iterations", 2, "--resume", name="parts")
-    timing = ("rollout_seconds", "update_seconds")
-    strip = lambda record: {name: value for name, value in record.items() if name not in timing}
-    assert [strip(m) for m in records(whole)] == [strip(m) for m in records(parts)]
-    for name in ("training_state.safetensors", "training_state.json", "model.safetensors"):
-        assert (whole / "checkpoint-4" / name).read_bytes() == (parts / "checkpoint-4" / name).read_bytes(), name
+    assert (whole / "metrics.jsonl").read_bytes() == (parts / "metrics.jsonl").read_bytes()
+    assert len(records(parts, "timing")) == 4
+    names = [file.relative_to(whole) for file in (whole / "checkpoint-4").rglob("*.*")]
+    assert len(names) == 9
+    for name in names:
+        assert (whole / name).read_bytes() == (parts / name).read_bytes(), name
     assert [path.name for path in parts.glob("checkpoint-*")] == ["checkpoint-4"], "the one before is dropped"
 
 
@@ -191,17 +206,18 @@ def test_the_injected_label_follows_the_majority_style(tmp_path, monkeypatch, st
     write = lambda example, i: (
         f"<think>it is there</think><answer>{STYLES[style if i < 2 else other].format(1, 2, 30, 40, 5, 6)}</answer>")
     answer_with(monkeypatch, run_, write)
-    metrics, groups = train.train_step(run_, examples)
+    metrics, _, groups = train.train_step(run_, examples)
     assert metrics["style"] == "<answer>" + STYLES[style].format(1, 2, 3, 4, 2, 3) + "</answer>"
-    for group in groups:
-        assert rewards.parse_answer(group.texts[-1]) == group.example.objects
-        if group.example.objects:
-            found = group.example.objects[0]
-            assert group.texts[-1] == f"<answer>{STYLES[style].format(*found['bbox_2d'], *found['point_2d'])}</answer>"
-        assert run_.processor.decode(group.ids[-1]) == group.texts[-1]
+    for group, example in zip(groups, examples):
+        label = group["texts"][-1]
+        assert rewards.parse_answer(label) == example.objects
+        if example.objects:
+            found = example.objects[0]
+            assert label == f"<answer>{STYLES[style].format(*found['bbox_2d'], *found['point_2d'])}</answer>"
+        assert group["lengths"][-1] == len(run_.processor.label_ids(label))
     run_.config.align_label = False
-    _, groups = train.train_step(run_, examples)
-    assert groups[0].texts[-1] == examples[0].written_label()
+    _, _, groups = train.train_step(run_, examples)
+    assert groups[0]["texts"][-1] == examples[0].written_label()
 
 
 def test_the_controls_reach_the_advantages(tmp_path, monkeypatch):
@@ -209,23 +225,22 @@ def test_the_controls_reach_the_advantages(tmp_path, monkeypatch):
     run_, examples = start(tmp_path)
     perfect = lambda example: "<think>I see it</think>" + data.label_text(example.objects, {})
     answer_with(monkeypatch, run_, lambda example, i: perfect(example) if i == 0 else "nothing")
-    metrics, _ = train.train_step(run_, examples)
+    metrics = train.train_step(run_, examples)[0]
     assert metrics["label_active"] == 0 and metrics["label_advantage"] == pytest.approx(0, abs=1e-9)
     assert metrics["label_reward"] == 6
     run_.config.smooth_label_reward = False
-    metrics, _ = train.train_step(run_, examples)
+    metrics = train.train_step(run_, examples)[0]
     assert metrics["label_active"] == 1 and metrics["label_advantage"] > 0.5
     run_.config.drop_thinking_reward = False
     assert train.train_step(run_, examples)[0]["label_reward"] == 7
 
 
 @pytest.mark.parametrize("flags", [[], ["--method", "sft"], ["--average", "sequence", "--ratio", "sequence"]])
-def test_micro_batches_do_not_change_the_step(tmp_path, flags):
+def test_micro_batches_do_not_change_the_step(tmp_path, monkeypatch, flags):
     results = []
     for size in (1, 2, 4):
         run_, examples = start(tmp_path, "--batch_size", 4, "--micro_batch_size", size, *flags)
-        metrics, _ = train.train_step(run_, examples)
-        gradient = torch.cat([parameter.grad.flatten() for parameter in run_.network.parameters()])
+        metrics, gradient = update_gradient(run_, examples, monkeypatch)
         results.append((metrics["loss"], metrics["grad_norm"], gradient))
     for loss, norm, gradient in results[1:]:
         assert loss == pytest.approx(results[0][0], abs=1e-6) and norm == pytest.approx(results[0][1], rel=1e-5)
@@ -251,9 +266,9 @@ def test_the_seed_and_the_place_in_the_run_decide_the_rollouts(tmp_path):
     sample = lambda: [c.ids.tolist() for group in train.sample_rollouts(run_, [examples[0]] * 2) for c in group]
     first = sample()
     assert first == sample() and first[:3] != first[3:], "two prompts of a step draw differently"
-    run_.step = 1
+    run_.prompts_seen = 2
     assert sample() != first
-    run_.step, run_.config.seed = 0, 1
+    run_.prompts_seen, run_.config.seed = 0, 1
     assert sample() != first
 
 
@@ -266,21 +281,21 @@ def test_more_iterations_leave_the_sampling_policy_behind(tmp_path):
 
 def test_an_update_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch):
     run_, examples = start(tmp_path)
-    before = {name: tensor.clone() for name, tensor in run_.network.state_dict().items()}
+    before = state(run_)
     good = train.visurf.policy_loss
     monkeypatch.setattr(train.visurf, "policy_loss", lambda *a, **k: (good(*a, **k)[0] * float("nan"), {}))
-    metrics, _ = train.train_step(run_, examples)
-    assert run_.not_finite == 1
-    assert all(torch.equal(before[name], tensor) for name, tensor in run_.network.state_dict().items())
+    metrics, _, _ = train.train_step(run_, examples)
+    assert run_.not_finite == metrics["not_finite"] == 1
+    assert all(torch.equal(before[name], tensor) for name, tensor in state(run_).items())
 
 
 def test_a_batch_without_signal_changes_nothing(tmp_path, monkeypatch):
     run_, examples = start(tmp_path, "--method", "rlvr", "--learning_rate", 1e-2)
     answer_with(monkeypatch, run_, lambda example, i: "the same for all")
-    before = {name: tensor.clone() for name, tensor in run_.network.state_dict().items()}
-    metrics, _ = train.train_step(run_, examples)
+    before = state(run_)
+    metrics, _, _ = train.train_step(run_, examples)
     assert metrics["no_signal"] == 1 and metrics["grad_norm"] == 0
-    assert all(torch.equal(before[name], tensor) for name, tensor in run_.network.state_dict().items())
+    assert all(torch.equal(before[name], tensor) for name, tensor in state(run_).items())
 
 
 # ---- Users' mistakes -------------------------------------------------------------------------------------------------
@@ -363,7 +378,7 @@ def test_an_image_that_breaks_late_keeps_what_was_learnt(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         run(tmp_path, "--data", file, "--batch_size", 1, "--max_steps", 9)
     assert stop.value.code == 2 and "row 2" in capsys.readouterr().err
-    assert train.last_checkpoint(tmp_path / "run")
+    assert checkpoints.last_checkpoint(tmp_path / "run")
 
 
 def test_a_run_that_cannot_start_deletes_nothing(tmp_path, capsys):
@@ -375,7 +390,7 @@ def test_a_run_that_cannot_start_deletes_nothing(tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             run(tmp_path, "--overwrite", "--model", tmp_path / "damaged", name=name)
         assert stop.value.code == 2 and "damaged or not a safetensors file" in capsys.readouterr().err
-    assert train.last_checkpoint(directory) and len(records(directory)) == 1
+    assert checkpoints.last_checkpoint(directory) and len(records(directory)) == 1
     run(tmp_path, "--max_steps", 1, name="new")
 
 

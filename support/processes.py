@@ -1,0 +1,153 @@
+"""The processes of a run: start them, pass small objects around, and stop together.
+
+One process and many run the same code: without torchrun this makes a group of one. Whatever goes wrong is reported
+once, by the first process it happens to, and ends all of them.
+"""
+
+import os
+import signal
+import sys
+import threading
+import traceback
+from contextlib import contextmanager
+from datetime import timedelta
+from itertools import zip_longest
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+
+from data import DataError
+
+# The store's key under which the first process to fail leaves "rank exit_code"; torchrun may start all of them anew.
+FAILED = f"visurf/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+
+class Interrupted(Exception):
+    """A signal asked the run to stop, and all processes agreed to; `number` is the signal's."""
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}; --resume continues")
+        self.number = number
+
+def start() -> torch.device:
+    """Join torchrun's processes, or be a group of one; returns this process's device. DataError without enough GPUs."""
+    local_rank, device = int(os.environ.get("LOCAL_RANK", 0)), torch.device("cpu")
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise DataError(f"process {local_rank} of this machine has no GPU of its own: "
+                            f"--nproc_per_node {torch.cuda.device_count()} fits")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # gloo also carries the small objects
+        if "RANK" in os.environ:
+            dist.init_process_group(backend)
+            threading.Thread(target=_leave_when_another_fails, daemon=True).start()
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return device
+
+def is_first() -> bool:
+    """Whether this is rank 0, which prints and writes for all."""
+    return dist.get_rank() == 0 if dist.is_initialized() else os.environ.get("RANK", "0") == "0"
+
+def everyone(value) -> list:
+    """The values of all ranks, on every rank."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+def interleaved(items: list) -> list:
+    """The lists of all ranks as one, on every rank: everybody's first item, everybody's second, … This is the batch's
+    order where rank r of W holds its places r, r + W, r + 2 W, …"""
+    missing = object()
+    rounds = zip_longest(*everyone(items), fillvalue=missing)
+    return [item for items in rounds for item in items if item is not missing]
+
+def on_first_rank(function, *args):
+    """Call a function on rank 0 alone; all ranks wait and get its result, or raise what a user or a disk did to it."""
+    outcome = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = function(*args)
+        except (OSError, ValueError, SafetensorError) as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+# ---- Stopping when asked to ------------------------------------------------------------------------------------------
+
+class Interruption:
+    """Inside `with`, SIGTERM and Ctrl-C are only noted; `check` raises Interrupted on all ranks if any has noted one."""
+
+    number = 0  # of the signal that came, 0 for none
+
+    def __enter__(self):
+        self.handlers = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame):
+        self.number = number
+
+    def check(self):
+        number = torch.tensor(self.number)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        if number:
+            raise Interrupted(int(number))
+
+# ---- Stopping when something fails -----------------------------------------------------------------------------------
+
+@contextmanager
+def one_report(program: str, mistakes: tuple):
+    """Ends this process, and thereby all, when the block raises: `mistakes`, the user's, with one line on stderr and
+    exit code 2, Interrupted likewise with 128 + signal, and anything else, our own bug, with its traceback and 1."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, KeyboardInterrupt):  # Ctrl-C at a time when nothing would be lost
+            error = Interrupted(signal.SIGINT)
+        code = 2 if isinstance(error, mistakes) else 128 + error.number if isinstance(error, Interrupted) else 1
+        first = _is_first_to_fail(code)
+        if code != 1 and first:
+            print(f"{program}: {error}", file=sys.stderr)
+        if "RANK" not in os.environ:
+            if code == 1:
+                raise
+            sys.exit(code)
+        if code == 1 and first:
+            traceback.print_exc()
+        _exit(code)
+
+def _exit(code: int):
+    """Leave now: a regular exit would wait for processes that do not answer any more."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+def _is_first_to_fail(code: int) -> bool:
+    if not (dist.is_initialized() and "RANK" in os.environ):
+        return is_first()
+    mine = f"{dist.get_rank()} {code}"
+    return _store().compare_set(FAILED, "", mine).decode() == mine
+
+def _store() -> dist.TCPStore:
+    """A connection of its own to the processes' common store: the usual one may be busy waiting for a dead process."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(address, port, is_master=False, timeout=timedelta(days=365))
+
+def _leave_when_another_fails():
+    """Wait in a thread until some rank fails, then leave without a word: it has reported, and will not answer again."""
+    store = _store()
+    try:
+        store.wait([FAILED])
+    except dist.DistError:
+        return  # the store is gone: the processes are leaving anyway
+    rank, code = map(int, store.get(FAILED).decode().split())
+    if rank != dist.get_rank():
+        _exit(code)
