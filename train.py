@@ -362,7 +362,8 @@ def make_run(config: Config, task, processor, checkpoint, spare, device) -> Run:
     network.checkpoint_activations = config.checkpoint_activations
     if config.beta:
         reference = load(dtype=compute_dtype(config, device)).requires_grad_(False)
-    optimizer = torch.optim.AdamW(network.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(network.parameters(), config.learning_rate, weight_decay=config.weight_decay,
+                                  fused=True)
     return Run(config, task, processor, network, reference, optimizer, device, data.LabelStyle(task), spare)
 
 def loop(run: Run, samples, encode, directory: Path, source):

@@ -134,20 +134,23 @@ def _is_first_to_fail(code: int) -> bool:
     if not (dist.is_initialized() and "RANK" in os.environ):
         return is_first()
     mine = f"{dist.get_rank()} {code}"
-    return _store().compare_set(FAILED, "", mine).decode() == mine
+    try:
+        return _store().compare_set(FAILED, "", mine).decode() == mine
+    except dist.DistError:  # torchrun itself is gone: rather twice than never
+        return True
 
 def _store() -> dist.TCPStore:
     """A connection of its own to the processes' common store: the usual one may be busy waiting for a dead process."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return dist.TCPStore(address, port, is_master=False, timeout=timedelta(days=365))
+    return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))
 
 def _leave_when_another_fails():
     """Wait in a thread until some rank fails, then leave without a word: it has reported, and will not answer again."""
-    store = _store()
     try:
-        store.wait([FAILED])
+        store = _store()
+        store.wait([FAILED], timedelta(days=365))
+        rank, code = map(int, store.get(FAILED).decode().split())
     except dist.DistError:
-        return  # the store is gone: the processes are leaving anyway
-    rank, code = map(int, store.get(FAILED).decode().split())
+        return  # the store is gone, and with it the rank that had it: the next exchange with that rank will fail
     if rank != dist.get_rank():
         _exit(code)

@@ -1,0 +1,180 @@
+"""What each rank does in tests of several processes; imported by forked processes, so free of pytest."""
+
+import os
+import resource
+import signal
+from collections import Counter
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import data
+import train
+from support import checkpoints, processes
+
+TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny-qwen2-vl"
+SMALL = ["--batch_size", "5", "--num_generations", "3", "--max_completion_length", "48", "--temperature", "1.3",
+         "--learning_rate", "2e-4"]
+
+
+def start(*flags):
+    """A run at step 0, its samples and their encoding."""
+    config = train.parse_command_line([*SMALL, *map(str, flags)])
+    device, task, processor = processes.start(), data.TASKS["shapes"], data.Processor.from_pretrained(TINY)
+    samples = data.load_samples("builtin", task, limit=40)
+    encode = lambda sample: processor.encode(sample, task)
+    return train.make_run(config, task, processor, TINY, encode(samples[0]), device), samples, encode
+
+
+def whole(run) -> dict:
+    return {name: p.full_tensor().detach().numpy().copy() for name, p in run.network.named_parameters()}
+
+
+def steps(run, samples, encode, count: int) -> list[dict]:
+    """Metrics of some steps."""
+    metrics = []
+    for _ in range(count):
+        metrics.append(train.train_step(run, train.next_examples(run, samples, encode))[0])
+        run.step, run.prompts_seen = run.step + 1, run.prompts_seen + run.config.batch_size
+    return metrics
+
+
+def without_signal(word: str, score):
+    """A reward that cannot tell apart the rollouts of prompts with this word in their question."""
+    def constant(run, text, example):
+        scores = score(run, text, example)
+        return dict.fromkeys(scores, 1.0) if word in example.sample.question else scores
+
+    return constant
+
+
+def three_steps(settings: dict) -> dict:
+    """For each list of flags by name: metrics of three steps, and the weights after them. Some groups have no signal."""
+    train.score, results = without_signal("red", train.score), {}
+    for name, flags in settings.items():
+        run, samples, encode = start(*flags)
+        metrics = steps(run, samples, encode, 3)
+        results[name] = metrics, whole(run)
+    return results if processes.is_first() else {}
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the calls of torch.distributed's operations by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "c10d" in function.namespace:
+            self.counts[function.name().split("::")[1]] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def traffic() -> dict:
+    """Collectives of the parts of a step, the number of FSDP units, and that of the tokens decoded."""
+    run, samples, encode = start("--batch_size", 2)
+    examples = train.next_examples(run, samples, encode)
+    with Collectives() as gathering, train.gathered(run.network) as network:
+        with Collectives() as decoding:
+            tokens = train.model.generate(network, examples, 3, 48, seeds=[dist.get_rank()])
+    with Collectives() as sampling:
+        train.sample_rollouts(run, examples)
+    groups = [train.score_rollouts(run, e, c) for e, c in zip(examples, train.sample_rollouts(run, examples))]
+    for group in groups:
+        group.advantages = torch.tensor([1.0, -1.0, 0.0], dtype=torch.float64)
+    with Collectives() as updating:
+        train.update(run, groups)
+    return {"blocks": len(run.network.visual.blocks) + len(run.network.model.layers),
+            "units": sum(isinstance(module, FSDPModule) for module in run.network.modules()),
+            "gathering": gathering.counts, "decoding": decoding.counts, "sampling": sampling.counts,
+            "updating": updating.counts, "tokens": [len(c.ids) for group in tokens for c in group]}
+
+
+def a_loss_that_is_not_finite() -> tuple:
+    """The second rank's loss is NaN in the first of two steps: what the metrics say, and weights before and after."""
+    run, samples, encode = start("--batch_size", 2, "--method", "sft")
+    before, good = whole(run), train.visurf.sft_loss
+    if dist.get_rank() == 1:
+        train.visurf.sft_loss = lambda *args: good(*args) * float("nan")
+    first, after = steps(run, samples, encode, 1), whole(run)
+    train.visurf.sft_loss = good
+    second = steps(run, samples, encode, 1)
+    return first[0], second[0], before, after, whole(run)
+
+
+def in_bfloat16() -> dict:
+    """Data types in a run that computes in bfloat16, and its loss beside that in float32."""
+    losses, found = {}, {}
+    for dtype in ("float32", "bfloat16"):
+        run, samples, encode = start("--method", "sft", "--dtype", dtype)
+        gradients = []
+        run.optimizer.register_step_pre_hook(lambda optimizer, *_: gradients.extend(
+            p.grad.dtype for group in optimizer.param_groups for p in group["params"]))
+        losses[dtype] = steps(run, samples, encode, 1)[0]["loss"]
+        with train.gathered(run.network) as network:
+            found[dtype] = {str(p.dtype) for p in network.parameters()}
+        found[dtype, "kept"] = {str(t.dtype) for t in checkpoints.tensors(run).values()} | set(map(str, gradients))
+    return losses | found
+
+
+# ---- Whole runs ------------------------------------------------------------------------------------------------------
+
+
+def main(*flags):
+    """train.py as torchrun starts it."""
+    train.main([*SMALL, "--eval_samples", "0", "--method", "visurf", *map(str, flags)])
+
+
+def main_with_a_bug(*flags):
+    """One rank's reward has a bug that shows in the second step."""
+    score = train.score
+
+    def broken(run, text, example):
+        if dist.get_rank() == 1 and run.step == 1:
+            raise ZeroDivisionError("a bug of ours")
+        return score(run, text, example)
+
+    train.score = broken
+    main(*flags)
+
+
+def main_without_a_finite_loss(*flags):
+    """The last rank's loss is never finite."""
+    good = train.visurf.sft_loss
+    train.visurf.sft_loss = lambda *args: good(*args) * (float("nan") if dist.get_rank() else 1.0)
+    main("--method", "sft", *flags)
+
+
+def main_with_a_full_disk(*flags):
+    """The disk of the last rank takes no file of more than 1 MB any more, from the second checkpoint on."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    save = checkpoints.dcp.save
+
+    def save_and_fill(*args, **kwargs):
+        save(*args, **kwargs)
+        if dist.get_rank() == dist.get_world_size() - 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+
+    checkpoints.dcp.save = save_and_fill
+    main(*flags)
+
+
+def main_killed(where: str, nth: int, *flags):
+    """All ranks are killed when the first comes to its nth call of a function, such as "os.replace"."""
+    owner, name = where.split(".")
+    owner = getattr(checkpoints, owner)
+    function, calls = getattr(owner, name), []
+
+    def deadly(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == nth:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+
+    if os.environ["RANK"] == "0":
+        setattr(owner, name, deadly)
+    main(*flags)
