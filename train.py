@@ -307,8 +307,8 @@ def gathered(network: model.QwenVL):
     """The whole network on every rank, a plain one, without hooks: one all-gather per unit here, and none while it
     decodes, so ranks need not keep step. Its weights are gone after the `with` block."""
     units = [module for module in network.modules() if isinstance(module, FSDPModule)]
-    for handle in [unit.unshard(async_op=True) for unit in units]:
-        handle.wait()
+    for unit in units:  # one by one: each needs its weights twice for a moment
+        unit.unshard()
     whole = model.empty_network(network.config)
     whole.load_state_dict(dict(network.named_parameters()), assign=True)
     whole.stop_tokens, whole.forbidden_tokens = network.stop_tokens, network.forbidden_tokens

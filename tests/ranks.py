@@ -1,5 +1,7 @@
 """What each rank does in tests of several processes; imported by forked processes, so free of pytest."""
 
+import ctypes
+import gc
 import os
 import resource
 import signal
@@ -10,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoTokenizer, Qwen2VLConfig  # noqa: F401 here, once, not in each forked rank
 
 import data
 import train
@@ -178,3 +181,60 @@ def main_killed(where: str, nth: int, *flags):
     if os.environ["RANK"] == "0":
         setattr(owner, name, deadly)
     main(*flags)
+
+
+# ---- Memory ----------------------------------------------------------------------------------------------------------
+
+
+def memory() -> tuple[dict, dict]:
+    """Bytes as tests/memory.py plans them and as measured, of a network with 58 M parameters in float32."""
+    import bench
+    import memory as planned
+
+    shape = bench.SIZES["large"]
+    rope = {"rope_type": "default", "type": "mrope", "mrope_section": shape["mrope_section"], "rope_theta": 1e6}
+    network_config = Qwen2VLConfig(text_config={**shape["text"], "vocab_size": 60_000, "rope_parameters": rope},
+                                   vision_config=shape["vision"], tie_word_embeddings=True, image_token_id=bench.IMAGE)
+    config, device = train.parse_command_line(["--checkpoint_activations"]), processes.start()
+    steps(*start("--batch_size", 2), 1)  # loads what PyTorch loads on first use
+    before = resident()
+    network = train.model.empty_network(network_config)
+    train.shard(config, device, network)
+    network.to_empty(device=device)
+    network.checkpoint_activations = True
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter.to_local(), std=0.02)
+    optimizer = torch.optim.AdamW(network.parameters(), fused=True)
+    prompts, G, T = bench.make_prompts(2, 16), 4, 32
+    batch = train.model.PromptBatch.from_prompts(prompts[:1], network_config)
+    completions = bench.random_completions(G + 1, T)[None]
+    mask = torch.ones_like(completions, dtype=torch.bool)
+
+    def rollouts():
+        with train.gathered(network) as whole:
+            train.model.generate(whole, prompts, G, T)
+
+    def update():
+        network(batch, completions, mask, expected=mask / mask.sum()).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    update()
+    rollouts()
+    found = {"always": resident() - before, "rollouts": peak(rollouts), "update": peak(update)}
+    return planned.plan(network_config, dist.get_world_size(), 4, 2, G, len(prompts[0].ids), 64, T), found
+
+
+def resident() -> float:
+    """Bytes of memory that the process holds, once what it has freed is given back."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return 1024 * int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0])
+
+
+def peak(function) -> float:
+    """Bytes that the process grows at most while a function runs."""
+    before = resident()
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    function()
+    return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) - before
