@@ -2,6 +2,7 @@
 
     python eval.py                                                        # bundled checkpoint, built-in task
     python eval.py --task grounding --model Qwen/Qwen2.5-VL-7B-Instruct --data my.jsonl
+    python eval.py --compare runs/shapes-visurf runs/shapes-rlvr          # side by side: a table, and report.html
 
 samples -> `evaluate` -> results, a dict each, in pixels of the ORIGINAL image -> `metrics`, support/report.py
 """
@@ -115,8 +116,11 @@ def parse_command_line(argv=None) -> argparse.Namespace:
     flag("--min_pixels", type=int, help="keep aspect ratios instead, with at least this many pixels")
     flag("--max_pixels", type=int, help="keep aspect ratios instead, with at most this many pixels")
     flag("--skip_bad_rows", action="store_true", help="leave out rows that cannot be used, and count them")
+    flag("--compare", nargs="+", metavar="RUN", help="instead: a table and a page of runs/TASK-METHOD or --output_dir")
     flag("--output_dir", help="for answers.json and gallery.png (default: runs/eval-TASK-MODEL)")
     config = parser.parse_args(argv)
+    if config.compare:
+        return config
     for name, value in vars(config).items():
         if type(value) in (int, list) and (np.min(value) < 1 or np.size(value) > 2):
             parser.error(f"--{name} must be at least 1 (and at most two numbers), not {value}")
@@ -129,9 +133,13 @@ def parse_command_line(argv=None) -> argparse.Namespace:
 
 def main(argv=None):
     config = parse_command_line(argv)
-    task, directory = data.TASKS[config.task], Path(config.output_dir)
-    encoding = {name: getattr(config, name) for name in ("think", "image_size", "min_pixels", "max_pixels")}
     try:
+        if config.compare:
+            from support.page import compare_runs  # not above: it imports this file
+            print(compare_runs(config.compare, config.output_dir))
+            return
+        task, directory = data.TASKS[config.task], Path(config.output_dir)
+        encoding = {name: getattr(config, name) for name in ("think", "image_size", "min_pixels", "max_pixels")}
         samples = data.load_samples(config.data, task, config.split, config.limit, config.skip_bad_rows)
         checkpoint = data.fetch(config.model, "model")
         processor = data.Processor.from_pretrained(checkpoint)
