@@ -59,12 +59,13 @@ def format_table(metrics: dict) -> str:
     return "\n".join(f"{name:12s} {format_value(name, value):>8}" for name, value in metrics.items())
 
 def side_by_side(columns: dict[str, dict], corner="") -> str:
-    """A table with a row for each metric that a column has, under the columns' names; `corner` stands above the rows."""
+    """A table with a row for each metric that a column has, under the names of the columns and `corner`."""
     names = dict.fromkeys(name for metrics in columns.values() for name in metrics)      # a set in order
-    rows = [f"{corner:12s}" + "".join(f"  {title:>8}" for title in columns)]
+    first = max([12, *map(len, names)])
+    rows = [f"{corner:{first}s}" + "".join(f"  {title:>8}" for title in columns)]
     for name in names:
         values = (format_value(name, metrics.get(name)).rjust(max(8, len(title))) for title, metrics in columns.items())
-        rows.append(f"{name:12s}" + "".join(f"  {value}" for value in values))
+        rows.append(f"{name:{first}s}" + "".join(f"  {value}" for value in values))
     return "\n".join(rows)
 
 def format_value(name: str, value) -> str:
