@@ -96,7 +96,7 @@ def format_tick(value: float, step: float, unit: str) -> str:
         return format_tick(100 * value, 100 * step, "") + "%"
     if abs(value) >= 1e6 or step < 1e-4:
         return f"{value:.3g}"
-    return f"{value:,.{max(0, -math.floor(math.log10(step) + 1e-9))}f}".replace("-0.0", "0.0")
+    return f"{value:,.{max(0, -math.floor(math.log10(step) + 1e-9))}f}"
 
 def show(value: float, unit: str) -> str:
     """A single value in the words beside a chart."""
