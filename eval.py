@@ -8,7 +8,6 @@ samples -> `evaluate` -> results, a dict each, in pixels of the ORIGINAL image -
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -117,7 +116,7 @@ def parse_command_line(argv=None) -> argparse.Namespace:
     flag("--max_pixels", type=int, help="keep aspect ratios instead, with at most this many pixels")
     flag("--skip_bad_rows", action="store_true", help="leave out rows that cannot be used, and count them")
     flag("--compare", nargs="+", metavar="RUN", help="instead: a table and a page of runs/TASK-METHOD or --output_dir")
-    flag("--output_dir", help="for answers.json and gallery.png (default: runs/eval-TASK-MODEL)")
+    flag("--output_dir", help="for answers.json and gallery.png, or report.html (default: runs/eval-TASK-MODEL)")
     config = parser.parse_args(argv)
     if config.compare:
         return config
@@ -132,12 +131,12 @@ def parse_command_line(argv=None) -> argparse.Namespace:
     return config
 
 def main(argv=None):
+    from support import page, report  # not above: they import this file
+
     config = parse_command_line(argv)
     try:
         if config.compare:
-            from support.page import compare_runs  # not above: it imports this file
-            print(compare_runs(config.compare, config.output_dir))
-            return
+            return page.compare_runs(config.compare, config.output_dir)
         task, directory = data.TASKS[config.task], Path(config.output_dir)
         encoding = {name: getattr(config, name) for name in ("think", "image_size", "min_pixels", "max_pixels")}
         samples = data.load_samples(config.data, task, config.split, config.limit, config.skip_bad_rows)
@@ -152,14 +151,7 @@ def main(argv=None):
     except (data.DataError, model.CheckpointError, OSError) as error:
         print(f"eval.py: {error}", file=sys.stderr)
         sys.exit(2)
-    answers = {"settings": vars(config), "metrics": metrics(results), "answers": results}
-    (directory / "answers.json.partial").write_text(json.dumps(answers, indent=1))
-    (directory / "answers.json.partial").replace(directory / "answers.json")
-    from support.report import format_table, gallery  # not above: it imports this file
-
-    gallery(results, samples, directory / "gallery.png")
-    print(format_table(answers["metrics"]), "", directory / "answers.json", directory / "gallery.png", sep="\n")
-    print(f"{samples.skipped} bad rows skipped, {samples.clipped} label boxes clipped to their image")
+    report.end_of_evaluation(directory, vars(config), metrics(results), results, samples)
 
 if __name__ == "__main__":
     main()

@@ -146,18 +146,15 @@ def results(runs: list[Run]) -> dict[str, dict]:
 
 # ---- The page --------------------------------------------------------------------------------------------------------
 
-def compare_runs(directories: list[str], output_dir: str | None = None) -> str:
-    """Write the page of some runs and return what the console shows: their table, and where the page is.
-
-    The page of one run goes into its directory, that of several into runs/, or either into output_dir.
-    """
+def compare_runs(directories: list[str], output_dir: str | None = None):
+    """Print some runs side by side and write their page: that of one run into its directory, of several into runs/."""
     directories = list(dict.fromkeys(directories))
     names = [Path(directory).resolve().name for directory in directories]
     runs = [read_run(directory, name if names.count(name) == 1 else str(directory))
             for directory, name in zip(directories, names)]
     path = write(runs, output_dir or (directories[0] if len(runs) == 1 else "runs"))
-    problems = [problem for run in runs for problem in run.problems]
-    return "\n".join([report.side_by_side(results(runs), "held out"), *problems, "", f"report       {path}"])
+    print(report.side_by_side(results(runs), "held out"), *sum((run.problems for run in runs), []), sep="\n")
+    print(f"\nreport       {path}")
 
 def write(runs: list[Run], directory) -> Path:
     """Write report.html into a directory, which is made if absent; beside and renamed: nobody finds half a page."""

@@ -54,6 +54,16 @@ def end_of_run(directory: Path, checkpoint: Path):
         if (directory / name).exists():
             print(f"{name.split('.')[0]:12s} {directory / name}")
 
+def end_of_evaluation(directory: Path, settings: dict, metrics: dict, results: list[dict], samples):
+    """Write answers.json and gallery.png, and print the metrics and where they are."""
+    answers, picture = directory / "answers.json", directory / "gallery.png"
+    partial = directory / "answers.json.partial"
+    partial.write_text(json.dumps({"settings": settings, "metrics": metrics, "answers": results}, indent=1))
+    partial.replace(answers)
+    gallery(results, samples, picture)
+    print(format_table(metrics), "", answers, picture, sep="\n")
+    print(f"{samples.skipped} bad rows skipped, {samples.clipped} label boxes clipped to their image")
+
 def format_table(metrics: dict) -> str:
     """Aligned lines of name and value."""
     return "\n".join(f"{name:12s} {format_value(name, value):>8}" for name, value in metrics.items())
