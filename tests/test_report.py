@@ -30,7 +30,7 @@ class Page(HTMLParser):
 
     def __init__(self, source: str):
         super().__init__()
-        self.open, self.tags, self.texts = [], [], []
+        self.open, self.tags, self.texts, self.isolated = [], [], [], []
         self.feed(source)
         self.close()
         assert not self.open, self.open
@@ -39,17 +39,18 @@ class Page(HTMLParser):
         self.tags.append((tag, dict(attributes)))
         assert len(dict(attributes)) == len(attributes), attributes
         if tag not in SINGLE:
-            self.open.append(tag)
+            self.open.append((tag, dict(attributes)))
 
     def handle_startendtag(self, tag, attributes):                  # of SVG: <path … />
         self.tags.append((tag, dict(attributes)))
 
     def handle_endtag(self, tag):
-        assert self.open.pop() == tag, (tag, self.getpos())
+        assert self.open.pop()[0] == tag, (tag, self.getpos())
 
     def handle_data(self, data):
-        if self.open and self.open[-1] != "style":
+        if self.open and self.open[-1][0] != "style":
             self.texts.append(data)
+            self.isolated += [data] * (self.open[-1][1].get("dir") == "auto")     # text from the right stays inside
 
     def handle_comment(self, data):
         raise AssertionError(f"a comment: {data}")
@@ -137,6 +138,7 @@ def test_hostile_text_stays_text(tmp_path):
     # the model in two places; question and completion; label and prediction; a metric; two charts, each with its title
     # twice; a group's step, question, component and two texts
     assert "".join(hostile.texts).count(SHOWN) == 2 + 2 + 2 + 1 + 4 + 5
+    assert sum(SHOWN in words for words in hostile.isolated) == 2 + 2 + 1 + 2      # where a model or a data set speaks
 
 
 def test_long_text_is_cut_and_the_page_is_written_whole(tmp_path):
@@ -231,6 +233,10 @@ def test_curves_are_the_data(tmp_path, name, title):
     size = np.ptp(lines[0][:, 1])
     for shown, line in ((faint, lines[0]), (bold, chart.smooth(lines[0])), (other, lines[1])):
         assert np.abs(shown - line)[:, 0].max() < 0.03 and np.abs(shown - line)[:, 1].max() < 0.005 * size
+    drawn = np.concatenate([np.array(re.findall(r"[ML]([-\d.]+) ([-\d.]+)", path), float)
+                            for path in paths(source, title)])
+    low, high = [chart.LEFT, chart.TOP], [chart.WIDTH - chart.RIGHT, chart.HEIGHT - chart.BOTTOM]
+    assert (low <= drawn).all() and (drawn <= high).all()           # inside the axes
     ends = [chart.smooth(lines[0])[-1, 1], lines[1][-1, 1]]
     said = re.findall(r"</svg>(\w) <b>([^<]+)</b>", figure(source, title))
     assert said == [(run, chart.show(end, "%" if name == "label_active" else "")) for run, end in zip("ab", ends)]
@@ -289,6 +295,14 @@ def test_axes_hold_the_data_at_round_numbers(low, high):
     for mark in marks:
         words = chart.format_tick(mark, step, "")
         assert float(words.replace(",", "")) == pytest.approx(mark, abs=step / 100) and words.strip("0.,") != "-"
+
+
+@pytest.mark.parametrize("values, shown", [
+    ([0.2, 1], (0, 1)), ([5, 6.4], (4.8, 6.4)), ([0.97, 1], (0.75, 1)), ([-1, 3], (-1, 3)), ([-3, -2], (-3, 0)),
+    ([2, np.nan, 2.1], (1.575, 2.1)), ([0, 0], (-0.25, 0))])
+def test_an_axis_starts_at_zero_unless_the_values_are_far_from_it(values, shown):
+    """And a constant, or a little noise, does not fill the drawing."""
+    assert chart.limits(np.array(values, float)) == pytest.approx(shown)
 
 
 def test_runs_keep_their_colours_and_the_seventh_is_dashed(tmp_path):
