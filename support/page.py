@@ -53,6 +53,9 @@ METRICS = {"accuracy": "right answers; of boxes, those with IoU > 0.5", "gIoU": 
            "cIoU": "all intersections / all unions", "N-Acc": "absent objects answered with []",
            "well_formed": "answers that can be read", "thinking": "reasoning before the answer",
            "truncated": "cut off at the length limit", "length": "tokens, mean", "reward": "points, mean",
+           "point_in_box": "points that lie in a labelled box", "anomaly_acc": "defects and their absence told apart",
+           "ROC-AUC": "the same at every threshold; 50% is chance", "count_acc": "exact counts",
+           "MAE": "mean error of the count", "RMSE": "the same, large errors weigh more",
            "samples": "questions asked", "steps": "of training", "seconds": "of training"}
 
 # ---- What a run left behind ------------------------------------------------------------------------------------------
@@ -83,8 +86,10 @@ def read_run(directory, name: str | None = None) -> Run:
     except (OSError, SyntaxError, ValueError):           # what Pillow raises for half a PNG
         problems.append(f"{gallery} cannot be read")
     tested = {when: found["metrics"] for when, found in (("before", before), ("after", after)) if found}
+    steps = _read_steps(directory, problems)
+    _add_evaluations(steps, directory, tested, problems)
     return Run(name or directory.resolve().name, config or answers.get("settings", {}),
-               _read_steps(directory, problems), tested, after.get("answers", []), pictures,
+               steps, tested, after.get("answers", []), pictures,
                _read_groups(directory / "completions.jsonl"), problems)
 
 def _read_steps(directory: Path, problems: list[str]) -> list[dict]:
@@ -102,6 +107,17 @@ def _read_steps(directory: Path, problems: list[str]) -> list[dict]:
         tokens, seconds = number(record.get("tokens")), number(record.get("rollout_seconds"))
         record["speed"] = tokens / seconds if "reward" in record and seconds > 0 else None      # sft does not sample
     return [steps[step] for step in sorted(steps)]
+
+def _add_evaluations(steps: list[dict], directory: Path, tested: dict, problems: list[str]):
+    """Add what --eval_steps measured to the records of the steps, and before and after with it, as "held out/…"."""
+    found = {int(path.stem[5:]): _read_json(path, problems).get("metrics", {}) for path in directory.glob("eval-*.json")
+             if path.stem[5:].isdecimal()}
+    if found and steps:
+        found = {0: tested.get("before", {}), steps[-1]["step"]: tested.get("after", {})} | found
+        steps.insert(0, {"step": 0})
+        for record in steps:
+            measured = found.get(record["step"], {}).items()
+            record.update((f"held out/{name}", value) for name, value in measured if name != "samples")
 
 def _read_groups(path: Path) -> list[dict]:
     """The first and the last complete record of a file that may be larger than memory."""
@@ -216,9 +232,11 @@ def curve_charts(runs: list[Run]) -> str:
     """A small chart for each quantity, all runs in it; a quantity that never was anything but 0 is only named."""
     logged = dict.fromkeys(name for run in runs for record in run.steps for name, value in record.items()
                            if not math.isnan(number(value)) and name not in ("step", "tokens"))
-    components = [Curve(name, name.removeprefix("reward/"), "points", COMPONENTS.get(name.removeprefix("reward/"), ""))
-                  for name in logged if name.startswith("reward/")]
-    known = {**CURVES, "Reward": CURVES["Reward"] + components}
+    with_prefix = lambda prefix: [(name, name.removeprefix(prefix)) for name in logged if name.startswith(prefix)]
+    held_out = [Curve(name, title, "%" * report.format_value(title, 0.0).endswith("%"), METRICS.get(title, ""))
+                for name, title in with_prefix("held out/")]
+    components = [Curve(name, title, "points", COMPONENTS.get(title, "")) for name, title in with_prefix("reward/")]
+    known = {"Held out": held_out, **CURVES, "Reward": CURVES["Reward"] + components}
     described = {curve.name for curves in known.values() for curve in curves}
     known["More"] = [Curve(name, name, "", "") for name in logged if name not in described]
     parts, flat = [], []
@@ -254,7 +272,7 @@ def answer_cards(run: Run, unfolded: bool) -> str:
 
 def answer_card(result: dict, picture: Image.Image | None) -> str:
     """One answer: picture, question, verdict, label and prediction in words, and all that was said."""
-    hits, _, verdict = report.judge(result)
+    worth, _, verdict = report.judge(result)
     image = ""
     if picture:                          # a square, of which the image covers a part
         sides = [max(1, round(side * report.TILE / max(result["size"]))) for side in result["size"]]
@@ -262,7 +280,7 @@ def answer_card(result: dict, picture: Image.Image | None) -> str:
     words = "".join(f'<dt class="{name}">{name}</dt><dd dir="auto">{text(answer_words(result[name]), 400)}</dd>'
                     for name in ("label", "prediction"))
     return (f'<article>{image}<h4 dir="auto">{text(result["question"], 400)}</h4>'
-            f'<p class="{"right" if hits == 1 else "wrong"}">{text(verdict)}</p><dl>{words}</dl>'
+            f'<p class="{"right" if worth == 1 else "wrong"}" dir="auto">{text(verdict)}</p><dl>{words}</dl>'
             f'<p class="said" dir="auto" tabindex="0">{text(result["completion"])}</p></article>')
 
 def answer_words(answer) -> str:

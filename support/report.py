@@ -4,6 +4,7 @@ Only for the eye: nothing of the method depends on it. Metrics, groups and resul
 """
 
 import json
+import re
 import textwrap
 from pathlib import Path
 
@@ -124,14 +125,15 @@ def tiles(path) -> dict[int, Image.Image]:
         return {i: sheet.crop((x, y, x + TILE, y + TILE)) for i, (x, y) in zip(chosen, corners)}
 
 def judge(result: dict) -> tuple[float, float, str]:
-    """How right an answer is, from 0 to 1, the IoU of its boxes (0 without any), and both in words."""
-    if not isinstance(result["label"], list):                            # a number, a choice, a formula
-        hits, iou, words = float(result["prediction"] == result["label"]), 0.0, ""
-    else:
+    """How right an answer is: 0, a half or 1, the IoU of its boxes (0 without any), the verdict of its task."""
+    predicted, label = result["prediction"], result["label"]
+    hits, iou, words = float(predicted == label), 0.0, f": {predicted}" + f", not {label}" * (predicted != label)
+    if isinstance(label, list) and isinstance(predicted or [], list):
         hits, iou, *_ = compare(result)
-        words = f", IoU {iou:.2f}" if result["label"] else ", nothing to find"
-    verdict = "no answer" if result["prediction"] is None else {1: "right", 0: "wrong"}.get(hits, "partly right")
-    return hits, iou, verdict + words
+        words = f", IoU {iou:.2f}" if label else ", nothing to find"
+    verdict = {1: "right", 0: "wrong"}.get(hits, "partly right") + words
+    verdict = result.get("verdict", "no answer" if predicted is None else verdict)
+    return {"right": 1.0, "partly": 0.5}.get(re.match(r"\w*", verdict)[0], 0.0), iou, verdict
 
 def drawable(answer) -> list[dict]:
     """The objects of an answer; none where it is a number or a word."""
@@ -150,10 +152,8 @@ def draw_tile(result: dict, image: Image.Image) -> Image.Image:
             if x1 < x2 and y1 < y2:
                 draw.rectangle(box, outline=colour, width=width)
             draw.circle(found.get("point_2d", (-99, -99)), width + 2, colour, "white")
-    hits, _, verdict = judge(result)
-    if not isinstance(result["label"], list):
-        verdict += f": {result['prediction']}, label {result['label']}"
-    colour, y = LABEL if hits == 1 else PREDICTION, TILE + 8
+    worth, _, verdict = judge(result)
+    colour, y = LABEL if worth == 1 else PREDICTION, TILE + 8
     question, answer = result["question"], result["completion"].replace("><", "> <")     # lines may break between tags
     for text, points, fill, lines in ((question, 17, BLACK, 2), (verdict, 15, colour, 1), (answer, 13, GREY, 5)):
         wrapped = textwrap.wrap(text, int(TILE / points * 1.95), max_lines=lines, placeholder=" …")

@@ -135,10 +135,10 @@ def test_hostile_text_stays_text(tmp_path):
     hostile, harmless = Page(source(EVIL)), Page(source("x"))
     assert [tag for tag, _ in hostile.tags] == [tag for tag, _ in harmless.tags]
     assert [sorted(attributes) for _, attributes in hostile.tags] == [sorted(found) for _, found in harmless.tags]
-    # the model in two places; question and completion; label and prediction; a metric; two charts, each with its title
-    # twice; a group's step, question, component and two texts
-    assert "".join(hostile.texts).count(SHOWN) == 2 + 2 + 2 + 1 + 4 + 5
-    assert sum(SHOWN in words for words in hostile.isolated) == 2 + 2 + 1 + 2      # where a model or a data set speaks
+    # the model in two places; question and completion; verdict, label and prediction; a metric; two charts, each with
+    # its title twice; a group's step, question, component and two texts
+    assert "".join(hostile.texts).count(SHOWN) == 2 + 2 + 3 + 1 + 4 + 5
+    assert sum(SHOWN in words for words in hostile.isolated) == 2 + 3 + 1 + 2      # where a model or a data set speaks
 
 
 def test_long_text_is_cut_and_the_page_is_written_whole(tmp_path):
@@ -252,6 +252,23 @@ def test_speed_is_read_from_the_timing_log(tmp_path):
     (directory / "metrics.jsonl").write_text('{"step": 1, "tokens": 60, "reward": 1, "rollout_seconds": 3}\n'
                                              '{"step": 2, "tokens": 60, "loss": 1, "rollout_seconds": 3}\n')
     assert page.line_of(page.read_run(directory), "speed").tolist() == [[1, 20]]
+
+
+def test_held_out_metrics_are_curves_where_they_were_measured_in_between(tmp_path):
+    directory = make_run(tmp_path / "a")
+    assert "<h3>Held out</h3>" not in rendered(directory)           # two points are no curve
+    for step, accuracy in ((3, 0.25), (6, 0.75)):
+        (directory / f"eval-{step}.json").write_text(json.dumps({"metrics": {"accuracy": accuracy, "MAE": 12.0}}))
+    (directory / "eval-8.json").write_text('{"metr')                # the one that a killed run was writing
+    for when, accuracy in (("before", 0.125), ("after", 1.0)):
+        change(directory / f"{when}.json", metrics={"accuracy": accuracy, "samples": 4})
+    run = page.read_run(directory)
+    assert page.line_of(run, "held out/accuracy").tolist() == [[0, 0.125], [3, 0.25], [6, 0.75]]
+    assert "eval-8.json is not complete" in run.problems[0]
+    source = rendered(directory)
+    assert "<b>75.0%</b>" in figure(source, "accuracy</h4>") and "<b>12</b>" in figure(source, "MAE")
+    (directory / "eval-8.json").unlink()
+    assert page.line_of(page.read_run(directory), "held out/accuracy")[-1].tolist() == [8, 1]
 
 
 def test_a_quantity_of_zeros_is_only_named_and_an_unknown_one_is_drawn(tmp_path):
@@ -407,7 +424,7 @@ def test_answers_stand_beside_their_pictures(tmp_path):
     source = rendered(make_run(tmp_path / "a", after=results))
     cards = re.findall("<article>.*?</article>", source, re.DOTALL)
     assert [re.search("<h4[^>]*>(.*?)</h4>", card)[1] for card in cards] == ["missed", "found", "nothing there"]
-    assert [re.search('<p class="(?:right|wrong)">(.*?)</p>', card)[1] for card in cards] == [
+    assert [re.search('<p class="(?:right|wrong)"[^>]*>(.*?)</p>', card)[1] for card in cards] == [
         "wrong, IoU 0.00", "right, IoU 1.00", "right, nothing to find"]
     pictures = [Image.open(BytesIO(base64.b64decode(re.search('base64,([^"]*)"', card)[1]))) for card in cards]
     assert [picture.size for picture in pictures] == [(300, 225), (300, 225), (100, 300)]
@@ -424,8 +441,11 @@ def test_answers_without_boxes_are_words(tmp_path):
     words = [re.findall("<d[td][^>]*>(.*?)</d[td]>", card) for card in cards]
     assert ["label", "13", "prediction", "12"] in words and words[-1] == ["label", "(A)", "prediction", "(A)"]
     assert ["label", "\\frac12", "prediction", "no answer"] in words
-    assert [re.search('<p class="(?:right|wrong)">(.*?)</p>', card)[1] for card in cards].count("right") == 1
+    assert [re.search('<p class="(right|wrong)"[^>]*>(.*?)</p>', card).groups() for card in cards] == [
+        ("wrong", "wrong: 12, not 13"), ("wrong", "no answer"), ("right", "right: (A)")]
     assert all("<img" in card for card in cards)
+    change(directory / "after.json", answers=[result | {"verdict": "right: by its task"} for result in results])
+    assert rendered(directory).count('<p class="right" dir="auto">right: by its task</p>') == 3
 
 
 def test_answers_without_a_gallery_are_shown_without_pictures(tmp_path):
