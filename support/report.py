@@ -81,7 +81,7 @@ def side_by_side(columns: dict[str, dict], corner="") -> str:
 
 def format_value(name: str, value) -> str:
     """A metric in words: most are shares, in percent; `-` where there was nothing to measure."""
-    if type(value) not in (int, float) or not abs(value) < 1e30:         # None, or NaN, which is below nothing
+    if not isinstance(value, (int, float)) or not abs(value) < 1e30:         # None, or NaN, which is below nothing
         return "-"
     return format(value, FORMS.get(name, ".1%"))
 
