@@ -115,7 +115,7 @@ def parse_command_line(argv=None) -> argparse.Namespace:
     flag("--min_pixels", type=int, help="keep aspect ratios instead, with at least this many pixels")
     flag("--max_pixels", type=int, help="keep aspect ratios instead, with at most this many pixels")
     flag("--skip_bad_rows", action="store_true", help="leave out rows that cannot be used, and count them")
-    flag("--compare", nargs="+", metavar="RUN", help="instead: a table and a page of runs/TASK-METHOD or --output_dir")
+    flag("--compare", nargs="+", metavar="RUN", help="evaluate nothing: show runs side by side, in report.html too")
     flag("--output_dir", help="for answers.json and gallery.png, or report.html (default: runs/eval-TASK-MODEL)")
     config = parser.parse_args(argv)
     if config.compare:
