@@ -114,6 +114,7 @@ def test_the_page_is_well_formed_and_loads_nothing(tmp_path):
     assert ("meta", {"http-equiv": "Content-Security-Policy", "content": policy}) in parsed.tags
     pictures = [attributes for tag, attributes in parsed.tags if tag == "img"]
     assert len(pictures) == 8 and all(attributes["alt"] for attributes in pictures)
+    assert source.count("<details open>") == 1                      # the answers of the first run
     drawings = [attributes for tag, attributes in parsed.tags if tag == "svg" and "aria-hidden" not in attributes]
     assert len(drawings) == sum(tag == "desc" for tag, _ in parsed.tags) == 8
     assert all(attributes["role"] == "img" for attributes in drawings)
@@ -240,6 +241,8 @@ def test_curves_are_the_data(tmp_path, name, title):
     ends = [chart.smooth(lines[0])[-1, 1], lines[1][-1, 1]]
     said = re.findall(r"</svg>(\w) <b>([^<]+)</b>", figure(source, title))
     assert said == [(run, chart.show(end, "%" if name == "label_active" else "")) for run, end in zip("ab", ends)]
+    told = re.search("<desc>(.*)</desc>", figure(source, title))[1]
+    assert re.fullmatch(f"a: from .* to {said[0][1]} at step 60; b: from .* to {said[1][1]} at step 12", told)
 
 
 def test_speed_is_read_from_the_timing_log(tmp_path):
@@ -267,6 +270,7 @@ def test_held_out_metrics_are_curves_where_they_were_measured_in_between(tmp_pat
     assert "eval-8.json is not complete" in run.problems[0]
     source = rendered(directory)
     assert "<b>75.0%</b>" in figure(source, "accuracy</h4>") and "<b>12</b>" in figure(source, "MAE")
+    assert "<h4>samples" not in source
     (directory / "eval-8.json").unlink()
     assert page.line_of(page.read_run(directory), "held out/accuracy")[-1].tolist() == [8, 1]
 
@@ -360,7 +364,7 @@ def test_the_table_is_the_metrics(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(model, "load_pretrained", lambda *_: pytest.fail("weights were loaded"))
     a, b, c = (make_run(tmp_path / name) for name in ("a", "b", "c"))
-    change(b / "after.json", metrics={"accuracy": 0.123, "gIoU": None, "MAE": 2.5, "samples": 1234})
+    change(b / "after.json", metrics={"accuracy": 0.123, "gIoU": None, "cIoU": math.nan, "MAE": 2.5, "samples": 1234})
     change(c / "before.json", metrics={"accuracy": 0.75})
     evaluation.main(["--compare", "a", "b", "c"])
     printed = capsys.readouterr().out
@@ -369,6 +373,7 @@ def test_the_table_is_the_metrics(tmp_path, monkeypatch, capsys):
     assert printed.splitlines()[0].split() == ["held", "out", "before", "a", "b", "before", "c", "c"]
     assert table["accuracy"] == ["50.0%", "50.0%", "12.3%", "75.0%", "50.0%"]
     assert table["gIoU"][1:3] == [f"{json.loads((a / 'after.json').read_text())['metrics']['gIoU']:.1%}", "-"]
+    assert table["cIoU"][2] == "-" and table["cIoU"][1] != "-"
     assert table["MAE"] == ["-", "-", "2.50", "-", "-"] and table["samples"] == ["2", "4", "1,234", "-", "4"]
     assert table["steps"] == ["-", "8", "8", "-", "8"] and table["seconds"] == ["-", "20", "20", "-", "20"]
     rows = cells((tmp_path / "runs/report.html").read_text("utf-8"), "Results")
@@ -420,18 +425,27 @@ def test_a_users_mistake_is_one_line(tmp_path, monkeypatch, capsys, flags):
 def test_answers_stand_beside_their_pictures(tmp_path):
     """The picture of an answer is its own, without the grey that fills the gallery's square, boxes where they are."""
     results = [answer([], BOX, question="missed"), answer(BOX, BOX, question="found"),
-               answer([], [], (20, 60), "nothing there")]
+               answer([], [], (20, 60), "nothing there"), answer(BOX * 2, BOX, question="said twice")]
     source = rendered(make_run(tmp_path / "a", after=results))
     cards = re.findall("<article>.*?</article>", source, re.DOTALL)
-    assert [re.search("<h4[^>]*>(.*?)</h4>", card)[1] for card in cards] == ["missed", "found", "nothing there"]
-    assert [re.search('<p class="(?:right|wrong)"[^>]*>(.*?)</p>', card)[1] for card in cards] == [
-        "wrong, IoU 0.00", "right, IoU 1.00", "right, nothing to find"]
+    assert [re.search("<h4[^>]*>(.*?)</h4>", card)[1] for card in cards] == [
+        "missed", "said twice", "found", "nothing there"]
+    assert [re.search('<p class="(right|wrong)"[^>]*>(.*?)</p>', card).groups() for card in cards] == [
+        ("wrong", "wrong, IoU 0.00"), ("wrong", "partly right, IoU 1.00"), ("right", "right, IoU 1.00"),
+        ("right", "right, nothing to find")]
     pictures = [Image.open(BytesIO(base64.b64decode(re.search('base64,([^"]*)"', card)[1]))) for card in cards]
-    assert [picture.size for picture in pictures] == [(300, 225), (300, 225), (100, 300)]
+    assert [picture.size for picture in pictures] == [(300, 225)] * 3 + [(100, 300)]
     edge = (75, 40)                                                 # of the box, where no prediction covers it
     assert pictures[0].convert("RGB").getpixel((77, 100)) == (0, 153, 92)
-    assert pictures[2].convert("RGB").getpixel(edge) == (128, 128, 128)
+    assert pictures[3].convert("RGB").getpixel(edge) == (128, 128, 128)
     assert "box [10, 5, 30, 25], point [20, 15]" in cards[0] and "[] (nothing to find)" in cards[0]
+
+
+def test_pictures_are_small_files(tmp_path):
+    """A drawing stays exact, as PNG; a photo would be many times as large in it."""
+    noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3), np.uint8)
+    assert page.data_uri(Image.new("RGB", (300, 300), "red")).startswith("data:image/png;base64,")
+    assert page.data_uri(Image.fromarray(noise)).startswith("data:image/jpeg;base64,")
 
 
 def test_answers_without_boxes_are_words(tmp_path):
