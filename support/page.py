@@ -85,12 +85,12 @@ def read_run(directory, name: str | None = None) -> Run:
         pictures = report.tiles(gallery) if gallery.exists() else {}
     except (OSError, SyntaxError, ValueError):           # what Pillow raises for half a PNG
         problems.append(f"{gallery} cannot be read")
-    tested = {when: found["metrics"] for when, found in (("before", before), ("after", after)) if found}
+    found = {"before": before, "after": after}
+    tested = {when: found[when]["metrics"] for when in found if "metrics" in found[when]}
     steps = _read_steps(directory, problems)
     _add_evaluations(steps, directory, tested, problems)
-    return Run(name or directory.resolve().name, config or answers.get("settings", {}),
-               steps, tested, after.get("answers", []), pictures,
-               _read_groups(directory / "completions.jsonl"), problems)
+    return Run(name or directory.resolve().name, config or answers.get("settings", {}), steps, tested,
+               after.get("answers", []), pictures, _read_groups(directory / "completions.jsonl"), problems)
 
 def _read_steps(directory: Path, problems: list[str]) -> list[dict]:
     """The records of all steps in order; of a step that was done twice, the later one."""
