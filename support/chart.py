@@ -68,7 +68,7 @@ def axes(first: float, last: float, marks: np.ndarray, unit: str, x, y) -> list[
     shapes = [f'<path class="grid" d="M{LEFT} {y(mark):.1f}H{WIDTH - RIGHT}"/><text class="y" x="{LEFT - 6}" '
               f'y="{y(mark) + 4:.1f}">{format_tick(mark, marks[1] - marks[0], unit)}</text>' for mark in marks]
     steps = [mark for mark in ticks(first, max(last, first + 1), 5) if first <= mark <= last and mark % 1 == 0]
-    shapes.append(f'<text class="y" x="{LEFT - 6}" y="{HEIGHT - 6}">step</text>')
+    shapes.append(f'<text class="y" x="{LEFT - 12}" y="{HEIGHT - 6}">step</text>')
     return shapes + [f'<text class="x" x="{x(mark):.1f}" y="{HEIGHT - 6}">{mark:,.0f}</text>' for mark in steps]
 
 def limits(values: np.ndarray) -> tuple[float, float]:
