@@ -2,12 +2,12 @@
 
     python eval.py                                                        # bundled checkpoint, built-in task
     python eval.py --task grounding --model Qwen/Qwen2.5-VL-7B-Instruct --data my.jsonl
+    python eval.py --compare runs/shapes-visurf runs/shapes-rlvr          # side by side: a table, and report.html
 
 samples -> `evaluate` -> results, a dict each, in pixels of the ORIGINAL image -> `metrics`, support/report.py
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -115,8 +115,11 @@ def parse_command_line(argv=None) -> argparse.Namespace:
     flag("--min_pixels", type=int, help="keep aspect ratios instead, with at least this many pixels")
     flag("--max_pixels", type=int, help="keep aspect ratios instead, with at most this many pixels")
     flag("--skip_bad_rows", action="store_true", help="leave out rows that cannot be used, and count them")
-    flag("--output_dir", help="for answers.json and gallery.png (default: runs/eval-TASK-MODEL)")
+    flag("--compare", nargs="+", metavar="RUN", help="evaluate nothing: show runs side by side, in report.html too")
+    flag("--output_dir", help="for answers.json and gallery.png, or report.html (default: runs/eval-TASK-MODEL)")
     config = parser.parse_args(argv)
+    if config.compare:
+        return config
     for name, value in vars(config).items():
         if type(value) in (int, list) and (np.min(value) < 1 or np.size(value) > 2):
             parser.error(f"--{name} must be at least 1 (and at most two numbers), not {value}")
@@ -128,10 +131,14 @@ def parse_command_line(argv=None) -> argparse.Namespace:
     return config
 
 def main(argv=None):
+    from support import page, report  # not above: they import this file
+
     config = parse_command_line(argv)
-    task, directory = data.TASKS[config.task], Path(config.output_dir)
-    encoding = {name: getattr(config, name) for name in ("think", "image_size", "min_pixels", "max_pixels")}
     try:
+        if config.compare:
+            return page.compare_runs(config.compare, config.output_dir)
+        task, directory = data.TASKS[config.task], Path(config.output_dir)
+        encoding = {name: getattr(config, name) for name in ("think", "image_size", "min_pixels", "max_pixels")}
         samples = data.load_samples(config.data, task, config.split, config.limit, config.skip_bad_rows)
         checkpoint = data.fetch(config.model, "model")
         processor = data.Processor.from_pretrained(checkpoint)
@@ -144,14 +151,7 @@ def main(argv=None):
     except (data.DataError, model.CheckpointError, OSError) as error:
         print(f"eval.py: {error}", file=sys.stderr)
         sys.exit(2)
-    answers = {"settings": vars(config), "metrics": metrics(results), "answers": results}
-    (directory / "answers.json.partial").write_text(json.dumps(answers, indent=1))
-    (directory / "answers.json.partial").replace(directory / "answers.json")
-    from support.report import format_table, gallery  # not above: it imports this file
-
-    gallery(results, samples, directory / "gallery.png")
-    print(format_table(answers["metrics"]), "", directory / "answers.json", directory / "gallery.png", sep="\n")
-    print(f"{samples.skipped} bad rows skipped, {samples.clipped} label boxes clipped to their image")
+    report.end_of_evaluation(directory, vars(config), metrics(results), results, samples)
 
 if __name__ == "__main__":
     main()
