@@ -65,20 +65,25 @@ def three_steps(settings: dict) -> dict:
 
 
 class Collectives(TorchDispatchMode):
-    """Counts the calls of torch.distributed's operations by name."""
+    """Counts the calls of torch.distributed's operations by name, and the bytes that FSDP's gathers and sums hold."""
 
     def __init__(self):
         super().__init__()
-        self.counts = Counter()
+        self.counts, self.bytes = Counter(), 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if "c10d" in function.namespace:
-            self.counts[function.name().split("::")[1]] += 1
+            name = function.name().split("::")[1]
+            self.counts[name] += 1
+            if name in ("_allgather_base_", "_reduce_scatter_base_"):
+                self.bytes += max(args[0].nbytes, args[1].nbytes)  # one side is the whole, the other a rank's part
         return function(*args, **(kwargs or {}))
 
 
 def traffic() -> dict:
-    """Collectives of the parts of a step, the number of FSDP units, and that of the tokens decoded."""
+    """Collectives of the parts of a step, the number of FSDP units, that of the tokens decoded, and bytes received."""
+    import memory as planned
+
     run, samples, encode = start("--batch_size", 2)
     examples = train.next_examples(run, samples, encode)
     with Collectives() as gathering, train.gathered(run.network) as network:
@@ -94,7 +99,9 @@ def traffic() -> dict:
     return {"blocks": len(run.network.visual.blocks) + len(run.network.model.layers),
             "units": sum(isinstance(module, FSDPModule) for module in run.network.modules()),
             "gathering": gathering.counts, "decoding": decoding.counts, "sampling": sampling.counts,
-            "updating": updating.counts, "tokens": [len(c.ids) for group in tokens for c in group]}
+            "updating": updating.counts, "tokens": [len(c.ids) for group in tokens for c in group],
+            "bytes": (sampling.bytes + updating.bytes) / 2,  # of two ranks, each has one half already
+            "planned bytes": planned.traffic(run.network.config, 2, dtype_bytes=4, pieces=1)}
 
 
 def a_loss_that_is_not_finite() -> tuple:
