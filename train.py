@@ -146,7 +146,7 @@ def train_step(run: Run, examples: list[data.Example]) -> tuple[dict, dict, list
     updated = update(run, groups)
     records = processes.interleaved([group.record() for group in groups])
     timing = {"rollout_seconds": sampled - start, "update_seconds": time.perf_counter() - sampled}
-    return describe(run, records) | updated, timing, records
+    return report.describe(run.config, records, run.style) | updated, timing, records
 
 def sample_rollouts(run: Run, examples) -> list[list[model.Completion]]:
     """G completions of each prompt; their seed is the prompt's place in the run, whatever rank draws them."""
@@ -342,9 +342,10 @@ def train(config: Config):
     processes.on_first_rank(checkpoints.claim_output, config, directory)
     if config.resume and (last := checkpoints.last_checkpoint(directory)):
         checkpoints.load(run, last)
-    say(f"{config.method} on {config.task}: {len(samples)} samples ({samples.skipped} bad rows skipped, "
-        f"{samples.clipped} boxes clipped), {size / 1e6:.1f} M parameters, {dist.get_world_size()} x {device.type}\n"
-        "The policy loss stays near 0, which is normal: advantages have mean 0. Watch the rewards.")
+    if processes.is_first():
+        print(f"{config.method} on {config.task}: {len(samples)} samples ({samples.skipped} bad rows skipped, "
+              f"{samples.clipped} boxes clipped), {size / 1e6:.1f} M parameters, {dist.get_world_size()} x {device.type}\n"
+              "The policy loss stays near 0, which is normal: advantages have mean 0. Watch the rewards.")
     if not (run.step and (directory / "before.json").exists()):  # a resumed run knows what it started from
         run_evaluation(run, held_out, directory / "before.json")
     with run.stop:
@@ -407,11 +408,6 @@ def next_examples(run: Run, samples, encode) -> list[data.Example]:
             raise problem
     return examples
 
-def say(text: str):
-    """Print once, not once a process."""
-    if processes.is_first():
-        print(text)
-
 def data_order(size: int, first: int, count: int, seed: int) -> list[int]:
     """Which samples are number first .. first + count - 1 of an endless stream that shuffles the data each epoch."""
     places = range(first, first + count)
@@ -429,25 +425,6 @@ def encoding(config: Config) -> dict:
             "min_pixels": config.min_pixels or None, "max_pixels": config.max_pixels or None}
 
 # ---- What is shown ---------------------------------------------------------------------------------------------------
-
-def describe(run: Run, records: list[dict]) -> dict:
-    """What happened in a step: shares from 0 to 1, rewards as means over rollouts, lengths in tokens."""
-    config, metrics, mean = run.config, {}, lambda values: sum(values) / len(values)
-    if config.method != "sft":
-        rollouts = [components for record in records for components in record["rewards"][: config.num_generations]]
-        lengths = [length for record in records for length in record["lengths"][: config.num_generations]]
-        metrics = {"reward": mean([sum(components.values()) for components in rollouts])}
-        metrics |= {f"reward/{name}": mean([components[name] for components in rollouts]) for name in rollouts[0]}
-        metrics |= {"no_signal": mean([not any(record["advantages"]) for record in records]), "length": mean(lengths),
-                    "truncated": sum(record["truncated"] for record in records) / len(lengths), "tokens": sum(lengths),
-                    "style": run.style.example()}
-    if config.method == "visurf":
-        reward = lambda label: visurf.label_reward(label, rewards.THINKING, config.drop_thinking_reward).item()
-        label_advantages = [record["advantages"][-1] for record in records]
-        metrics |= {"label_reward": mean([reward(record["rewards"][-1]) for record in records]),  # before smoothing
-                    "label_active": mean([abs(advantage) > 1e-6 for advantage in label_advantages]),
-                    "label_advantage": mean(label_advantages)}
-    return metrics
 
 def run_evaluation(run: Run, samples, answers: Path, gallery: Path | None = None):
     """Held-out metrics and every answer go to a file, and some answers into a picture; nothing without samples."""

@@ -13,9 +13,31 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 import data
+import rewards
+import visurf
 from eval import compare
 
-# ---- The console -----------------------------------------------------------------------------------------------------
+# ---- The log and the console -----------------------------------------------------------------------------------------
+
+def describe(config, records: list[dict], style: data.LabelStyle) -> dict:
+    """What happened in a step, from the records of its groups (train.Group.record): shares from 0 to 1, rewards as means
+    over rollouts, lengths in tokens."""
+    metrics, mean = {}, lambda values: sum(values) / len(values)
+    if config.method != "sft":
+        rollouts = [components for record in records for components in record["rewards"][: config.num_generations]]
+        lengths = [length for record in records for length in record["lengths"][: config.num_generations]]
+        metrics = {"reward": mean([sum(components.values()) for components in rollouts])}
+        metrics |= {f"reward/{name}": mean([components[name] for components in rollouts]) for name in rollouts[0]}
+        metrics |= {"no_signal": mean([not any(record["advantages"]) for record in records]), "length": mean(lengths),
+                    "truncated": sum(record["truncated"] for record in records) / len(lengths), "tokens": sum(lengths),
+                    "style": style.example()}
+    if config.method == "visurf":
+        reward = lambda label: visurf.label_reward(label, rewards.THINKING, config.drop_thinking_reward).item()
+        label_advantages = [record["advantages"][-1] for record in records]
+        metrics |= {"label_reward": mean([reward(record["rewards"][-1]) for record in records]),  # before smoothing
+                    "label_active": mean([abs(advantage) > 1e-6 for advantage in label_advantages]),
+                    "label_advantage": mean(label_advantages)}
+    return metrics
 
 def step_line(m: dict, step: int, max_steps: int) -> str:
     """A step's metrics in one line of words."""
