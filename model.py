@@ -775,8 +775,8 @@ def load_pretrained(path, dtype=torch.float32, device="cpu", shard=None) -> Qwen
     those of transformers 5.
 
     `shard(network)`, if given, may split the still empty network's parameters by rows over processes (FSDP2): each then
-    reads its own rows only. Raises CheckpointError if the checkpoint is absent, of another kind, or a tensor is missing,
-    unknown or misshaped.
+    reads its own rows only. Raises CheckpointError if the checkpoint is absent, of another kind, or a tensor is
+    missing, unknown or misshaped.
     """
     path, network = Path(path), empty_network(read_config(path)).to(dtype)  # every number comes from the files
     if shard is not None:
@@ -793,8 +793,8 @@ def load_pretrained(path, dtype=torch.float32, device="cpu", shard=None) -> Qwen
         with safe_open(file, "pt") as tensors, torch.no_grad():
             tensor, shape = tensors.get_slice(name_there), (stop - start, *parameter.shape[1:])
             if tuple(tensor.get_shape()) != shape:
-                raise CheckpointError(f"{path}: {name} has shape {tuple(tensor.get_shape())}, config.json says {shape}: "
-                                      "weights and config.json do not belong together")
+                raise CheckpointError(f"{path}: {name} has shape {tuple(tensor.get_shape())}, config.json says "
+                                      f"{shape}: weights and config.json do not belong together")
             own, first = own_rows(parameter)
             low, high = max(start, first), min(stop, first + len(own))
             if low < high:

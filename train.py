@@ -344,8 +344,8 @@ def train(config: Config):
         checkpoints.load(run, last)
     if processes.is_first():
         print(f"{config.method} on {config.task}: {len(samples)} samples ({samples.skipped} bad rows skipped, "
-              f"{samples.clipped} boxes clipped), {size / 1e6:.1f} M parameters, {dist.get_world_size()} x {device.type}\n"
-              "The policy loss stays near 0, which is normal: advantages have mean 0. Watch the rewards.")
+              f"{samples.clipped} boxes clipped), {size / 1e6:.1f} M parameters, "
+              f"{dist.get_world_size()} x {device.type}\nThe policy loss stays near 0, which is normal: advantages have mean 0. Watch the rewards.")
     if not (run.step and (directory / "before.json").exists()):  # a resumed run knows what it started from
         run_evaluation(run, held_out, directory / "before.json")
     with run.stop:

@@ -16,6 +16,7 @@ import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 import torch.distributed as dist
@@ -48,12 +49,13 @@ def check_output(config, parameters: int) -> Path:
             if before.get(name, getattr(config, name)) != getattr(config, name):
                 raise data.DataError(f"{directory} holds a run with --{name} {before[name] or 'not given'}: --resume "
                                      "continues it with the same, another --output_dir starts a new one")
+    whole_path = directory.absolute()
+    check_space(next(path for path in (whole_path, *whole_path.parents) if path.exists()), parameters)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "unfinished").mkdir(exist_ok=True)
+        TemporaryFile(dir=directory).close()
     except OSError as error:
         raise data.DataError(f"{directory}: not writable ({error.strerror}); choose another --output_dir") from None
-    check_space(directory, parameters)
     return directory
 
 def check_space(directory: Path, parameters: int):

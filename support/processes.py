@@ -80,7 +80,7 @@ def on_first_rank(function, *args):
 # ---- Stopping when asked to ------------------------------------------------------------------------------------------
 
 class Interruption:
-    """Inside `with`, SIGTERM and Ctrl-C are only noted; `check` raises Interrupted on all ranks if any has noted one."""
+    """Inside `with`, SIGTERM and Ctrl-C are only noted; `check` raises Interrupted on all ranks if one was."""
 
     number = 0  # of the signal that came, 0 for none
 

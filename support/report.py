@@ -20,8 +20,8 @@ from eval import compare
 # ---- The log and the console -----------------------------------------------------------------------------------------
 
 def describe(config, records: list[dict], style: data.LabelStyle) -> dict:
-    """What happened in a step, from the records of its groups (train.Group.record): shares from 0 to 1, rewards as means
-    over rollouts, lengths in tokens."""
+    """What happened in a step, from the records of its groups (train.Group.record): shares from 0 to 1, rewards as
+    means over rollouts, lengths in tokens."""
     metrics, mean = {}, lambda values: sum(values) / len(values)
     if config.method != "sft":
         rollouts = [components for record in records for components in record["rewards"][: config.num_generations]]

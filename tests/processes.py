@@ -25,8 +25,9 @@ class Ranks:
         self.outputs = [directory / f"rank{rank}.txt" for rank in range(world)]
         pipes = [CONTEXT.Pipe(duplex=False) for _ in range(world)]
         self.results = [receive for receive, _ in pipes]
-        self.processes = [CONTEXT.Process(target=_rank, args=(rank, world, self.store.port, str(output), send, target, args))
-                          for rank, (output, (_, send)) in enumerate(zip(self.outputs, pipes))]
+        self.processes = [
+            CONTEXT.Process(target=_rank, args=(rank, world, self.store.port, str(output), send, target, args))
+            for rank, (output, (_, send)) in enumerate(zip(self.outputs, pipes))]
         for process in self.processes:
             process.start()
         for _, send in pipes:

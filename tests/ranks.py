@@ -55,7 +55,7 @@ def without_signal(word: str, score):
 
 
 def three_steps(settings: dict) -> dict:
-    """For each list of flags by name: metrics of three steps, and the weights after them. Some groups have no signal."""
+    """For each list of flags by name: metrics of three steps, and the weights then. Some groups have no signal."""
     train.score, results = without_signal("red", train.score), {}
     for name, flags in settings.items():
         run, samples, encode = start(*flags)
