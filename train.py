@@ -336,6 +336,7 @@ def train(config: Config):
     encode = partial(processor.encode, task=task, max_prompt_length=config.max_prompt_length, **encoding(config))
     spare = encode(samples[0])  # image settings or a prompt that cannot work: before the weights are read
     size = sum(parameter.numel() for parameter in empty.parameters())
+    processes.check_memory(size, compute_dtype(config, device), device, config.cpu_offload)
     directory = processes.on_first_rank(checkpoints.check_output, config, size)
 
     run = make_run(config, task, processor, checkpoint, spare, device)
@@ -344,8 +345,8 @@ def train(config: Config):
         checkpoints.load(run, last)
     if processes.is_first():
         print(f"{config.method} on {config.task}: {len(samples)} samples ({samples.skipped} bad rows skipped, "
-              f"{samples.clipped} boxes clipped), {size / 1e6:.1f} M parameters, "
-              f"{dist.get_world_size()} x {device.type}\nThe policy loss stays near 0, which is normal: advantages have mean 0. Watch the rewards.")
+              f"{samples.clipped} boxes clipped), {size / 1e6:.1f} M parameters, {dist.get_world_size()} x {device.type}")
+        print("The policy loss stays near 0, which is normal: advantages have mean 0. Watch the rewards.")
     if not (run.step and (directory / "before.json").exists()):  # a resumed run knows what it started from
         run_evaluation(run, held_out, directory / "before.json")
     with run.stop:

@@ -47,7 +47,7 @@ def check_output(config, parameters: int) -> Path:
         before = json.loads(old.read_text())
         for name in ("task", "method", "model", "data", "seed"):
             if before.get(name, getattr(config, name)) != getattr(config, name):
-                raise data.DataError(f"{directory} holds a run with --{name} {before[name] or 'not given'}: --resume "
+                raise data.DataError(f"{directory} holds a run with --{name} {before[name] if before[name] != '' else 'not given'}: --resume "
                                      "continues it with the same, another --output_dir starts a new one")
     whole_path = directory.absolute()
     check_space(next(path for path in (whole_path, *whole_path.parents) if path.exists()), parameters)

@@ -47,6 +47,20 @@ def start() -> torch.device:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device
 
+def check_memory(parameters: int, dtype: torch.dtype, device: torch.device, offloaded: bool):
+    """DataError if what a run holds, before any activation, does not fit: 16 bytes a parameter split over all processes
+    (weights, gradients, moments), and on each the weights that rollouts gather."""
+    split, whole = 16 * parameters / dist.get_world_size(), dtype.itemsize * parameters
+    if device.type == "cuda":
+        needed, have = whole + split * (not offloaded), torch.cuda.get_device_properties(device).total_memory
+        remedy = "use more GPUs, --cpu_offload"
+    else:
+        needed = (whole + split) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        have, remedy = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "use a machine with more"
+    if needed > have:
+        raise DataError(f"{parameters / 1e9:.1f} billion parameters need {needed / 1e9:.0f} GB before any activation, and "
+                        f"there are {have / 1e9:.0f} GB: {remedy}, or a smaller --model")
+
 def is_first() -> bool:
     """Whether this is rank 0, which prints and writes for all."""
     return dist.get_rank() == 0 if dist.is_initialized() else os.environ.get("RANK", "0") == "0"

@@ -71,6 +71,13 @@ def test_docstring_examples(name):
     assert doctest.testmod(__import__(name)).failed == 0
 
 
+def test_the_readmes_memory_table_is_what_the_formula_prints(capsys):
+    import memory
+
+    memory.main()
+    assert capsys.readouterr().out in README
+
+
 def test_the_readmes_python_runs():
     for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         exec(block, {})

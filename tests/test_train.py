@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -402,6 +403,32 @@ def test_a_run_that_cannot_start_deletes_nothing(tmp_path, capsys):
 def test_an_unwritable_directory_is_named(tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
     expect_mistake(tmp_path, capsys, monkeypatch, ["--output_dir", str(tmp_path / "file" / "run")], "not writable")
+
+
+def test_a_network_that_does_not_fit_is_told_before_anything_is_loaded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(processes.os, "sysconf", lambda name: 2048)  # 4 MB in all
+    expect_mistake(tmp_path, capsys, monkeypatch, [], "before any activation, and there are 0 GB")
+
+
+@pytest.mark.parametrize("flags", [[], ["--max_steps", "3", "--resume", "--save_steps", "1"]])
+def test_a_disk_without_room_for_a_checkpoint(tmp_path, capsys, monkeypatch, flags):
+    """Said before a run begins; in a resumed one the disk fills up later, and the last checkpoint stays."""
+    directory = run(tmp_path, "--max_steps", 1) if flags else tmp_path / "run"
+    capsys.readouterr()
+    free = [10**9, 10**6] if flags else [10**6]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free.pop(0)))
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, *flags)
+    assert stop.value.code == 2 and capsys.readouterr().err.count("the disk has 0.00 GB left") == 1
+    assert [path.name for path in directory.glob("*-*")] == ["checkpoint-1"] * bool(flags)
+
+
+def test_resuming_another_kind_of_run_is_a_mistake(tmp_path, capsys):
+    run(tmp_path, "--max_steps", 1)
+    for flags, message in ((["--method", "sft"], "holds a run with --method visurf"), (["--seed", 3], "--seed 0")):
+        with pytest.raises(SystemExit) as stop:
+            run(tmp_path, "--resume", *flags)
+        assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_overwrite_replaces_a_run(tmp_path):
