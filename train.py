@@ -10,13 +10,11 @@ One step, for a batch of prompts:   sample -> score -> inject the label -> advan
 `train_step` is that line, in that order. The algorithm is in visurf.py, the network and the sampler in model.py.
 """
 
-import argparse
 import json
 import math
-import sys
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -32,11 +30,8 @@ import eval as evaluate  # the module's name hides Python's eval, which nothing 
 import model
 import rewards
 import visurf
-from support import checkpoints, processes, report
-
-def option(default, help: str, choices=None):
-    """A field of Config that is also a command-line flag."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+from support import checkpoints, flags, processes, report
+from support.flags import option
 
 @dataclass
 class Config:
@@ -47,7 +42,7 @@ class Config:
     model: str = option("", "checkpoint directory or hub id (default: the task's)")
     data: str = option("", "training data: file, folder or hub id (default: the task's)")
     eval_data: str = option("", "held-out data, evaluated before and after (default: the task's, if it is built in)")
-    eval_samples: int = option(200, "how many held-out samples to evaluate, 0 for none")
+    eval_samples: int = option(200, "how many held-out samples to evaluate, 0 for none", zero=True)
     output_dir: str = option("", "where checkpoints and logs go (default: runs/TASK-METHOD)")
     resume: bool = option(False, "continue the run in output_dir from its last checkpoint")
     overwrite: bool = option(False, "delete the run in output_dir and start anew")
@@ -63,7 +58,7 @@ class Config:
     top_p: float = option(1.0, "sample from the likeliest tokens that hold this probability")
     top_k: int = option(0, "sample from this many likeliest tokens, 0 for all")
     learning_rate: float = option(1e-6, "of AdamW, constant")
-    weight_decay: float = option(0.01, "of AdamW")
+    weight_decay: float = option(0.01, "of AdamW", zero=True)
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
     beta: float = option(0.0, "weight of the KL to the starting checkpoint; the paper has none")
     epsilon: float = option(0.2, "importance ratios are clipped below 1 - epsilon")
@@ -345,7 +340,8 @@ def train(config: Config):
         checkpoints.load(run, last)
     if processes.is_first():
         print(f"{config.method} on {config.task}: {len(samples)} samples ({samples.skipped} bad rows skipped, "
-              f"{samples.clipped} boxes clipped), {size / 1e6:.1f} M parameters, {dist.get_world_size()} x {device.type}")
+              f"{samples.clipped} boxes clipped), {size / 1e6:.1f} M parameters, "
+              f"{dist.get_world_size()} x {device.type}")
         print("The policy loss stays near 0, which is normal: advantages have mean 0. Watch the rewards.")
     if not (run.step and (directory / "before.json").exists()):  # a resumed run knows what it started from
         run_evaluation(run, held_out, directory / "before.json")
@@ -446,27 +442,14 @@ def run_evaluation(run: Run, samples, answers: Path, gallery: Path | None = None
 
 def parse_command_line(argv=None) -> Config:
     """Flags from Config's fields; a flag that was not given takes the task's default, then Config's."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS)
-    parser.error = lambda message: parser.exit(2, f"train.py: {message}\n" if processes.is_first() else None)
-    for f in fields(Config):
-        help = f.metadata["help"] + (f" (default: {f.default})" if f.default or f.type is bool else "")
-        if f.type is bool:
-            parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=help)
-        else:
-            parser.add_argument(f"--{f.name}", type=f.type, choices=f.metadata["choices"], help=help)
-    given = vars(parser.parse_args(argv))
-    config = Config(**{**data.TASKS[given.get("task", Config.task)].recipe, **given})
-    for name in ("max_steps", "batch_size", "micro_batch_size", "num_generations", "num_iterations", "save_steps",
-                 "keep", "log_rollouts", "max_prompt_length", "max_completion_length", "temperature", "top_p",
-                 "learning_rate"):
-        if not 0 < getattr(config, name) < math.inf:
-            parser.error(f"--{name} must be a number greater than 0, not {getattr(config, name)}")
+    recipe = lambda given: data.TASKS[given.get("task", Config.task)].recipe
+    config, error = flags.parse(Config, "train.py", __doc__.split("\n")[0], recipe, argv)
     if config.method == "rlvr" and config.num_generations < 2:
-        parser.error("--num_generations 1 leaves rlvr nothing to compare in a group: use 2 or more, or --method visurf")
+        error("--num_generations 1 leaves rlvr nothing to compare in a group: use 2 or more, or --method visurf")
     if config.beta and config.method == "sft":
-        parser.error("--beta weighs a KL over rollouts, and --method sft has none: leave it out")
+        error("--beta weighs a KL over rollouts, and --method sft has none: leave it out")
     if config.resume and config.overwrite:
-        parser.error("--resume continues the run in --output_dir and --overwrite deletes it: give one of them")
+        error("--resume continues the run in --output_dir and --overwrite deletes it: give one of them")
     return config
 
 def main(argv=None):
