@@ -5,6 +5,7 @@ import gc
 import os
 import resource
 import signal
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -36,13 +37,14 @@ def whole(run) -> dict:
     return {name: p.full_tensor().detach().numpy().copy() for name, p in run.network.named_parameters()}
 
 
-def steps(run, samples, encode, count: int) -> list[dict]:
-    """Metrics of some steps."""
-    metrics = []
+def steps(run, samples, encode, count: int) -> list[tuple]:
+    """Metrics and group records of some steps."""
+    results = []
     for _ in range(count):
-        metrics.append(train.train_step(run, train.next_examples(run, samples, encode))[0])
+        metrics, _, records = train.train_step(run, train.next_examples(run, samples, encode))
+        results.append((metrics, records))
         run.step, run.prompts_seen = run.step + 1, run.prompts_seen + run.config.batch_size
-    return metrics
+    return results
 
 
 def without_signal(word: str, score):
@@ -54,13 +56,20 @@ def without_signal(word: str, score):
     return constant
 
 
+def in_two_styles(decode):
+    """A decoder that writes about half of all completions with a space after each comma."""
+    return lambda ids: decode(ids).replace(",", ", ") if int(sum(ids)) % 2 else decode(ids)
+
+
 def three_steps(settings: dict) -> dict:
-    """For each list of flags by name: metrics of three steps, and the weights then. Some groups have no signal."""
+    """For each list of flags by name: metrics and records of three steps, and the weights then.
+
+    Some groups have no signal, and rollouts differ in style."""
     train.score, results = without_signal("red", train.score), {}
     for name, flags in settings.items():
         run, samples, encode = start(*flags)
-        metrics = steps(run, samples, encode, 3)
-        results[name] = metrics, whole(run)
+        run.processor.decode = in_two_styles(run.processor.decode)
+        results[name] = steps(run, samples, encode, 3), whole(run)
     return results if processes.is_first() else {}
 
 
@@ -69,7 +78,7 @@ class Collectives(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.counts, self.bytes = Counter(), 0
+        self.counts, self.bytes, self.dtypes = Counter(), 0, set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if "c10d" in function.namespace:
@@ -77,6 +86,7 @@ class Collectives(TorchDispatchMode):
             self.counts[name] += 1
             if name in ("_allgather_base_", "_reduce_scatter_base_"):
                 self.bytes += max(args[0].nbytes, args[1].nbytes)  # one side is the whole, the other a rank's part
+                self.dtypes.add((name, str(args[0].dtype)))
         return function(*args, **(kwargs or {}))
 
 
@@ -110,10 +120,10 @@ def a_loss_that_is_not_finite() -> tuple:
     before, good = whole(run), train.visurf.sft_loss
     if dist.get_rank() == 1:
         train.visurf.sft_loss = lambda *args: good(*args) * float("nan")
-    first, after = steps(run, samples, encode, 1), whole(run)
+    [(first, _)], after = steps(run, samples, encode, 1), whole(run)
     train.visurf.sft_loss = good
-    second = steps(run, samples, encode, 1)
-    return first[0], second[0], before, after, whole(run)
+    [(second, _)] = steps(run, samples, encode, 1)
+    return first, second, before, after, whole(run)
 
 
 def in_bfloat16() -> dict:
@@ -124,11 +134,13 @@ def in_bfloat16() -> dict:
         gradients = []
         run.optimizer.register_step_pre_hook(lambda optimizer, *_: gradients.extend(
             p.grad.dtype for group in optimizer.param_groups for p in group["params"]))
-        losses[dtype] = steps(run, samples, encode, 1)[0]["loss"]
+        with Collectives() as exchanged:
+            losses[dtype] = steps(run, samples, encode, 1)[0][0]["loss"]
         with train.gathered(run.network) as network:
             found[dtype] = {str(p.dtype) for p in network.parameters()}
+        found[dtype, "exchanged"] = exchanged.dtypes
         found[dtype, "kept"] = {str(t.dtype) for t in checkpoints.tensors(run).values()} | set(map(str, gradients))
-    return losses | found
+    return {"losses": losses} | found
 
 
 # ---- Whole runs ------------------------------------------------------------------------------------------------------
@@ -140,16 +152,25 @@ def main(*flags):
 
 
 def main_with_a_bug(*flags):
-    """One rank's reward has a bug that shows in the second step."""
+    """One rank's reward has a bug that shows in the second step; the other would wait for ever, as GPUs do."""
     score = train.score
 
     def broken(run, text, example):
-        if dist.get_rank() == 1 and run.step == 1:
-            raise ZeroDivisionError("a bug of ours")
+        if run.step == 1:
+            if dist.get_rank() == 1:
+                raise ZeroDivisionError("a bug of ours")
+            time.sleep(1000)
         return score(run, text, example)
 
     train.score = broken
     main(*flags)
+
+
+def first_to_fail() -> bool:
+    """Whether this rank is the one to report, when all fail at once and none is ended by another."""
+    processes._leave_when_another_fails = lambda: None
+    processes.start()
+    return processes._is_first_to_fail(2)
 
 
 def main_without_a_finite_loss(*flags):

@@ -57,12 +57,16 @@ def test_any_number_of_processes_computes_the_same(results, world, name):
     """Losses, gradient norms, what is logged, and weights after three steps, whatever the pieces are."""
     base = name.split(",")[0] if name != "offloaded" else "visurf"
     (expected, weights), (found, weights_found) = results[1][base], results[world][name]
-    for a, b in zip(expected, found):
+    for (a, groups), (b, groups_found) in zip(expected, found):
         assert a.keys() == b.keys() and a.get("style") == b.get("style")
+        for key in ("question", "texts", "lengths", "rewards"):  # in the order of the batch
+            assert [group[key] for group in groups] == [group[key] for group in groups_found]
         for key in a.keys() - {"style"}:
             assert b[key] == pytest.approx(a[key], rel=1e-5, abs=1e-7), key
-    if "reward" in expected[0]:
-        assert {m["no_signal"] for m in expected} != {0} and len({m["length"] for m in expected}) > 1
+    if name in ("rlvr", "visurf"):
+        assert {m["no_signal"] for m, _ in expected} != {0}, "nothing was left out"
+        lengths = [length for _, groups in expected for group in groups for length in group["lengths"]]
+        assert len(set(lengths)) > 5, "completions are of one length"
     difference = {key: np.linalg.norm(weights_found[key] - weights[key]) for key in weights}
     norm = {key: np.linalg.norm(weights[key]) for key in weights}
     assert np.linalg.norm(list(difference.values())) < 1e-5 * np.linalg.norm(list(norm.values()))
@@ -95,6 +99,10 @@ def test_bfloat16_computes_and_float32_keeps(tmp_path):
     for found in Ranks(2, tmp_path, "ranks:in_bfloat16").values():
         assert found["bfloat16"] == {"torch.bfloat16"} and found["float32"] == {"torch.float32"}
         assert found["bfloat16", "kept"] == {"torch.float32"}
+        assert found["bfloat16", "exchanged"] == {("_allgather_base_", "torch.bfloat16"),
+                                                  ("_reduce_scatter_base_", "torch.float32")}
+        assert found["losses"]["bfloat16"] == pytest.approx(found["losses"]["float32"], rel=0.05)
+        assert found["losses"]["bfloat16"] != found["losses"]["float32"]
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_all(tmp_path):
@@ -235,6 +243,10 @@ def test_a_bug_on_one_rank_ends_all_and_is_shown_once(tmp_path):
     assert ranks.wait(30) == [1, 1]
     assert ranks.text().count("Traceback") == 1 and ranks.text().count("ZeroDivisionError: a bug of ours") == 1
     assert "Traceback" in ranks.outputs[1].read_text()
+
+
+def test_one_rank_reports_where_all_fail(tmp_path):
+    assert sorted(Ranks(4, tmp_path, "ranks:first_to_fail").values()) == [False, False, False, True]
 
 
 def test_a_rank_that_is_killed_ends_all(tmp_path):

@@ -303,14 +303,18 @@ def test_a_group_on_one_prompt_equals_the_prompt_repeated(reference, family, tem
 
 
 def test_recomputed_activations_change_nothing(reference):
+    """The gradients are the same, and every block of both towers runs twice."""
     _, directory = reference("qwen2_vl")
     network = model.load_pretrained(directory)
     ids, mask = model.pad_completions([[torch.arange(10, 20), torch.arange(30, 35)]])
-    kept = []
+    kept, runs = [], []
+    for block in (blocks := [*network.visual.blocks, *network.model.layers]):
+        block.register_forward_pre_hook(lambda *_: runs.append(network.checkpoint_activations))
     for network.checkpoint_activations in (False, True):
         network.zero_grad()
         network(one(PROMPTS[0], network), ids, mask).sum().backward()
         kept.append(gradients(network))
+    assert runs == [False] * len(blocks) + [True] * 2 * len(blocks)
     assert all(torch.equal(kept[0][name], kept[1][name]) for name in kept[0])
 
 

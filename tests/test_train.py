@@ -1,6 +1,7 @@
 """The loop: every method end to end, what a step logs, resume, and users' mistakes."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -181,7 +182,7 @@ def test_resume_forgets_steps_after_the_checkpoint_and_unfinished_ones(tmp_path)
     directory = run(tmp_path, "--eval_samples", 4)
     before = (directory / "before.json").read_text()
     with (directory / "metrics.jsonl").open("a") as log:
-        log.write(json.dumps({"step": 3, "loss": 123}) + "\n")
+        log.write(json.dumps({"step": 3, "loss": 123}) + "\n" + '{"step": 2, "lo')
     (directory / "unfinished").mkdir()
     run(tmp_path, "--max_steps", 3, "--resume", "--eval_samples", 4, "--learning_rate", 1e-2)
     assert (directory / "before.json").read_text() == before, "the run still knows what it started from"
@@ -283,6 +284,36 @@ def test_more_iterations_leave_the_sampling_policy_behind(tmp_path):
     several, _ = start(tmp_path, "--learning_rate", 1e-3, "--num_iterations", 3)
     assert train.train_step(one, examples)[0]["kl"] == 0
     assert train.train_step(several, examples)[0]["kl"] > 0
+
+
+def test_the_kl_to_the_reference_counts_rollouts_and_not_the_label():
+    """Without advantages the loss is beta times the mean of exp(d) - d - 1, d = log reference - log policy."""
+    generator = torch.Generator().manual_seed(0)
+    policy, reference = (-torch.rand(1, 3, 4, generator=generator) for _ in range(2))
+    policy.requires_grad_()
+    mask, A = torch.ones(1, 3, 4, dtype=torch.bool), torch.zeros(1, 3)
+    mask[0, 1, 3] = False
+    for method, members in (("rlvr", 3), ("visurf", 2)):
+        config = train.Config(method=method, beta=0.3)
+        expected = sum(math.exp(d) - d - 1 for i in range(members) for j in range(4) if mask[0, i, j]
+                       for d in [(reference - policy.detach())[0, i, j].item()])
+        policy.grad = None
+        loss, stats = train.loss_of(config, policy, policy.detach(), reference, A, mask, 11)
+        loss.backward()
+        assert loss.item() == pytest.approx(0.3 * expected / 11, rel=1e-5)
+        assert stats["reference_kl"].item() == pytest.approx(expected / 11, rel=1e-5)
+        assert bool(policy.grad[0, 2].any()) == (method == "rlvr")
+
+
+def test_the_reference_pulls_back_where_no_group_has_a_signal(tmp_path, monkeypatch):
+    """The first step leaves it; in the second, rewards say nothing, and the KL alone moves the weights."""
+    run_, examples = start(tmp_path, "--beta", 1, "--learning_rate", 1e-3)
+    assert train.train_step(run_, examples)[0]["reference_kl"] == 0
+    answer_with(monkeypatch, run_, lambda example, i: "the same for all")
+    run_.config.method = "rlvr"
+    metrics, gradient = update_gradient(run_, examples, monkeypatch)
+    assert metrics["no_signal"] == 1 and metrics["reference_kl"] > 0 and gradient.norm() > 0
+    assert metrics["loss"] == pytest.approx(metrics["reference_kl"], rel=1e-4)
 
 
 def test_an_update_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch):
