@@ -8,6 +8,7 @@ samples -> `evaluate` -> results, a dict each, in pixels of the ORIGINAL image -
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from tqdm import tqdm
 import data
 import model
 import rewards
+from support.answers import same_answer
+from support.measures import areas, mean, ratio, roc_auc
 
 def evaluate(network, processor, task: data.Task, samples, *, max_new_tokens=512, batch_size=32, think=True,
              progress=True, **encoding) -> list[dict]:
@@ -40,63 +43,97 @@ def evaluate(network, processor, task: data.Task, samples, *, max_new_tokens=512
 def make_result(processor, task: data.Task, example, completion, think: bool) -> dict:
     """One answer, ready for JSON, in pixels of the original image; only its reward is counted in the model's frame."""
     text, sample = processor.decode(completion.ids), example.sample
-    predicted, thresholds = rewards.parse_answer(text), rewards.Thresholds(**(task.thresholds or {}))
-    return {
+    predicted, thresholds = rewards.read_answer(text, task.name), rewards.Thresholds(**(task.thresholds or {}))
+    result = {
         "id": sample.id, "where": sample.where, "question": sample.question, "completion": text,
         "prediction": None if predicted is None else example.to_original(predicted),     # None: no well-formed answer
         "label": example.truth, "size": list(example.size), "length": len(completion.ids),
         "truncated": not completion.finished, "thinking": rewards.has_thinking(text),
         "reward": rewards.score(text, example.objects, task.name, example.frame, thresholds, think)}
+    return result | {"verdict": verdict(result, task)}
 
-def metrics(results: list[dict]) -> dict:
-    """All metrics by name; None where there is no sample to measure one on.
+def verdict(result: dict, task: data.Task) -> str:
+    """How right an answer is by its task's first metric that says so, in words."""
+    answers = [result["prediction"], result["label"]]
+    if answers[0] is None:
+        return "no answer"
+    values = (METRICS[name]([result | measure(result)]) for name in task.metrics)
+    worth = next((value for value in values if value is not None), None)
+    words = {1: "right", 0: "wrong", None: "nothing to compare"}.get(worth, "partly right")
+    if task.text_answer:
+        predicted, label = (answer if isinstance(answer, str) else len(answer) for answer in answers)
+        return f"{words}: {predicted}" + f", not {label}" * (worth != 1)
+    return words + (f", IoU {compare(result)[1]:.2f}" if answers[1] else ", nothing to find")
 
-    accuracy     one-to-one pairs with IoU > 0.5 / max(#predicted, #labelled), mean over samples whose label is not []
-    gIoU         mean IoU of all predicted boxes, as one mask, with all labelled ones; label []: 1 for [] and else 0
-    cIoU         sum of the intersections / sum of the unions of these masks: large objects weigh more
-    N-Acc        share of the samples with label [] that were answered with []
-    well_formed  share with an answer that can be parsed; any other is wrong above, and an empty mask
+def metrics(results: list[dict], task: data.Task = data.GROUNDING) -> dict:
+    """The task's METRICS and those of every task by name; None where there is no sample to measure one on.
+
+    well_formed  share with an answer that can be parsed; any other is wrong above, an empty mask, a count of 0
     thinking     share that is exactly <think>…</think> <answer>…</answer>; truncated: cut off at the length limit
     length       mean number of tokens, the end token included; reward: mean total
     """
-    mean = lambda values: sum(values) / len(values) if values else None
-    hits, ious, intersections, unions = zip(*map(compare, results)) if results else [()] * 4
+    measured = [result | measure(result) for result in results]
     return {
-        "accuracy": mean([hit for hit, result in zip(hits, results) if result["label"]]),
-        "gIoU": mean(ious),
-        "cIoU": sum(intersections) / sum(unions) if sum(unions) else None,
-        "N-Acc": mean([hit for hit, result in zip(hits, results) if not result["label"]]),
-        "well_formed": mean([result["prediction"] is not None for result in results]),
-        **{name: mean([result[name] for result in results]) for name in ("thinking", "truncated", "length")},
-        "reward": mean([result["reward"]["total"] for result in results]), "samples": len(results)}
+        **{name: METRICS[name](measured) for name in task.metrics},
+        "well_formed": mean(result["prediction"] is not None for result in results),
+        **{name: mean(result[name] for result in results) for name in ("thinking", "truncated", "length")},
+        "reward": mean(result["reward"]["total"] for result in results), "samples": len(results)}
+
+def measure(result: dict) -> dict:
+    """What METRICS are made of: the four numbers of `compare`, and the error in the number of objects."""
+    answers = [result["prediction"] or [], result["label"]]
+    counts = [rewards.count(answer) if isinstance(answer, list) or re.fullmatch("[0-9]{1,4}", answer) else np.nan
+              for answer in answers]
+    return {**dict(zip(("hits", "iou", "intersection", "union"), compare(result))), "error": counts[0] - counts[1]}
+
+# A metric is a function of all results, each with what `measure` adds to it.
+METRICS = {
+    # one-to-one pairs with IoU > 0.5 / max(#predicted, #labelled), where the label is not []; in math: equal answers
+    "accuracy": lambda results: mean(result["hits"] for result in results if result["label"]),
+    # mean IoU of all predicted boxes, as one mask, with all labelled ones; label []: 1 for [] and else 0
+    "gIoU": lambda results: mean(result["iou"] for result in results),
+    # sum of the intersections / sum of the unions of these masks: large objects weigh more
+    "cIoU": lambda results: ratio(sum(result["intersection"] for result in results),
+                                  sum(result["union"] for result in results)),
+    # share of the samples with label [] that were answered with []
+    "N-Acc": lambda results: mean(result["hits"] for result in results if not result["label"]),
+    # GUI: the first object's point, or else the centre of its box, lies in a labelled box, edge included
+    "point_in_box": lambda results: mean(float(clicks(result)) for result in results if result["label"]),
+    # anomaly: something was listed where there is something, and nothing where there is nothing
+    "anomaly_acc": lambda results: mean(float(suspicion(result) == bool(result["label"])) for result in results),
+    "ROC-AUC": lambda results: roc_auc(list(map(suspicion, results)), [bool(result["label"]) for result in results]),
+    # counting: share of exact counts, mean absolute error, root of the mean squared error
+    "count_acc": lambda results: mean(float(result["prediction"] is not None and result["error"] == 0)
+                                      for result in results),
+    "MAE": lambda results: mean(abs(result["error"]) for result in results),
+    "RMSE": lambda results: np.sqrt(mean(result["error"] ** 2 for result in results)).item() if results else None}
+
+def clicks(result: dict) -> bool:
+    """Whether the first predicted object points into a labelled box."""
+    first, *_ = result["prediction"] or [{}]
+    x1, y1, x2, y2 = first.get("bbox_2d", [np.nan] * 4)
+    x, y = first.get("point_2d", ((x1 + x2) / 2, (y1 + y2) / 2))
+    boxes = [thing["bbox_2d"] for thing in result["label"] if "bbox_2d" in thing]
+    return any(left <= x <= right and top <= y <= bottom for left, top, right, bottom in boxes)
+
+def suspicion(result: dict) -> float:
+    """1 for an answer that lists a defect and 0 for []; no answer at all is as wrong as can be."""
+    return float(not result["label"] if result["prediction"] is None else bool(result["prediction"]))
 
 def compare(result: dict) -> tuple[float, float, float, float]:
     """What accuracy, gIoU and cIoU are made of: (hits / max(#predicted, #labelled), IoU, intersection, union)."""
     predicted, label, corner = result["prediction"], result["label"], np.tile(result["size"], 2)
-    a, b = (np.array([found.get("bbox_2d", [0] * 4) for found in objects or []], float).reshape(-1, 4)
-            for objects in (predicted, label))       # an object without a box has one without area
-    intersection, union = areas(a.clip(0, corner), b.clip(0, corner))
+    if isinstance(label, str):                       # words have no boxes; a list of objects has a number
+        answer = str(len(predicted)) if isinstance(predicted, list) else predicted or ""
+        right = float(same_answer(answer, rewards.boxed(label) or label))
+        return right, right, 0.0, 0.0
+    a, b = (np.array([found.get("bbox_2d", [0] * 4) for found in objects], float).reshape(-1, 4)
+            for objects in (predicted if isinstance(predicted, list) else [], label))   # no box: one without area
+    intersection, union = result.get("overlap") or areas(a.clip(0, corner), b.clip(0, corner))   # of masks, if measured
     if not predicted or not label:                   # right if both are []; no answer is None
         return float(predicted == label), float(predicted == label), intersection, union
     pairs = rewards.match((rewards.iou(a, b) > 0.5).astype(int))
-    return len(pairs) / max(len(a), len(b)), intersection / union, intersection, union
-
-def areas(boxes_a: np.ndarray, boxes_b: np.ndarray) -> tuple[float, float]:
-    """Areas of intersection and union of two masks, each the union of boxes: (n, 4) and (m, 4), real numbers.
-
-    Exact, and cheap for an image of any size: the boxes' own edges cut it into at most (2n + 2m - 1)² cells, each
-    wholly inside or outside of every box (coordinate compression).
-
-    >>> areas(np.array([[0, 0, 2, 2]]), np.array([[1, 1, 3, 3], [1, 1, 3, 3]]))
-    (1.0, 7.0)
-    """
-    x1, y1, x2, y2 = np.concatenate([boxes_a, boxes_b]).T[:, :, None]        # (n + m, 1) each
-    xs, ys = np.unique([x1, x2]), np.unique([y1, y2])
-    inside_x, inside_y = (x1 <= xs[:-1]) & (xs[1:] <= x2), (y1 <= ys[:-1]) & (ys[1:] <= y2)
-    inside = inside_y[:, :, None] & inside_x[:, None]                        # (n + m, rows, columns) True = cell in box
-    a, b = inside[:len(boxes_a)].any(axis=0), inside[len(boxes_a):].any(axis=0)
-    cells = np.outer(np.diff(ys), np.diff(xs))
-    return float(cells[a & b].sum()), float(cells[a | b].sum())
+    return len(pairs) / max(len(a), len(b)), ratio(intersection, union) or 0.0, intersection, union
 
 def parse_command_line(argv=None) -> argparse.Namespace:
     """The flags; a mistake in them is one line on stderr and exit code 2."""
@@ -144,7 +181,7 @@ def main(argv=None):
     except (data.DataError, model.CheckpointError, OSError) as error:
         print(f"eval.py: {error}", file=sys.stderr)
         sys.exit(2)
-    answers = {"settings": vars(config), "metrics": metrics(results), "answers": results}
+    answers = {"settings": vars(config), "metrics": metrics(results, task), "answers": results}
     (directory / "answers.json.partial").write_text(json.dumps(answers, indent=1))
     (directory / "answers.json.partial").replace(directory / "answers.json")
     from support.report import format_table, gallery  # not above: it imports this file

@@ -46,6 +46,7 @@ class Config:
     model: str = option("", "checkpoint directory or hub id (default: the task's)")
     data: str = option("", "training data: file, folder or hub id (default: the task's)")
     eval_data: str = option("", "held-out data, evaluated before and after (default: the task's, if it is built in)")
+    eval_steps: int = option(0, "evaluate every so many steps too, 0 for only before and after")
     eval_samples: int = option(200, "how many held-out samples to evaluate, 0 for none")
     output_dir: str = option("", "where checkpoints and logs go (default: runs/TASK-METHOD)")
     resume: bool = option(False, "continue the run in output_dir from its last checkpoint")
@@ -249,12 +250,12 @@ def train(config: Config):
           "The policy loss stays near 0, which is normal: advantages have mean 0. Watch the rewards.")
     if not (run.step and (directory / "before.json").exists()):  # a resumed run knows what it started from
         run_evaluation(run, held_out, directory / "before.json")
-    loop(run, samples, encode, directory, checkpoint)
+    loop(run, samples, held_out, encode, directory, checkpoint)
     final = save(run, directory, checkpoint)
     run_evaluation(run, held_out, directory / "after.json", directory / "gallery.png")
     report.end_of_run(directory, final)
 
-def loop(run: Run, samples, encode, directory: Path, source):
+def loop(run: Run, samples, held_out, encode, directory: Path, source):
     """Steps until max_steps, with a line, a record and now and then a checkpoint for each."""
     config = run.config
     metrics_file, completions_file = (open_log(directory / f"{name}.jsonl", run.step) for name in LOGS)
@@ -274,6 +275,8 @@ def loop(run: Run, samples, encode, directory: Path, source):
             for group in groups:
                 record = {"step": run.step, "question": group.example.sample.question, "texts": group.texts}
                 print(json.dumps({**record, "rewards": group.components}), file=completions_file, flush=True)
+        if config.eval_steps and run.step % config.eval_steps == 0:
+            run_evaluation(run, held_out, directory / f"eval-{run.step}.json")
         if run.step % config.save_steps == 0:
             save(run, directory, source)
 
@@ -319,7 +322,7 @@ def run_evaluation(run: Run, samples, answers: Path, gallery: Path | None = None
         return
     results = evaluate.evaluate(run.network, run.processor, run.task, samples,
                                 max_new_tokens=run.config.max_completion_length, **encoding(run.config))
-    answers.write_text(json.dumps({"metrics": evaluate.metrics(results), "answers": results}, indent=1))
+    answers.write_text(json.dumps({"metrics": evaluate.metrics(results, run.task), "answers": results}, indent=1))
     if gallery:
         report.gallery(results, samples, gallery)
 
@@ -327,7 +330,7 @@ def run_evaluation(run: Run, samples, answers: Path, gallery: Path | None = None
 
 LOGS = ("metrics", "completions")
 RUN_FILES = ("config.json", "metrics.jsonl", "completions.jsonl", "before.json", "after.json", "gallery.png",
-             "checkpoint-[0-9]*", "unfinished")
+             "eval-[0-9]*.json", "checkpoint-[0-9]*", "unfinished")
 
 def check_output(config: Config) -> Path:
     """The output directory, made if absent; a DataError if it holds another run or cannot be written."""

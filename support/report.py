@@ -55,7 +55,7 @@ def end_of_run(directory: Path, checkpoint: Path):
 
 def format_table(metrics: dict) -> str:
     """Aligned lines of name and value: shares in percent, `-` where there was nothing to measure."""
-    forms = {"samples": "d", "length": ".1f", "reward": ".2f"}
+    forms = {"samples": "d", "length": ".1f", "reward": ".2f", "MAE": ".2f", "RMSE": ".2f"}
     return "\n".join(f"{name:12s} " + ("-" if value is None else format(value, forms.get(name, ".1%"))).rjust(8)
                      for name, value in metrics.items())
 
@@ -79,6 +79,10 @@ def gallery(results: list[dict], samples, path, columns=4, count=12):
     sheet.save(f"{path}.partial", "PNG")         # written beside and renamed: nobody finds half a picture
     Path(f"{path}.partial").replace(path)
 
+def drawable(answer) -> list[dict]:
+    """The objects of an answer; none where it is a number or a word."""
+    return answer if isinstance(answer, list) else []
+
 def draw_tile(result: dict, image: Image.Image) -> Image.Image:
     """One answer: the image in the original's proportions with boxes and points; question, verdict and completion."""
     tile, scale = Image.new("RGB", (TILE, TILE + TEXT), "white"), TILE / max(result["size"])
@@ -86,8 +90,8 @@ def draw_tile(result: dict, image: Image.Image) -> Image.Image:
     draw.rectangle((0, 0, TILE, TILE - 1), "#f2f2f2")
     # a tiny image is shown pixel by pixel, as the model gets it, not smoothed into shapes that nobody saw
     tile.paste(image.resize(size, Image.Resampling.NEAREST if scale > 2 else Image.Resampling.BICUBIC))
-    for objects, colour, width in ((result["label"], LABEL, 5), (result["prediction"] or [], PREDICTION, 2)):
-        for found in data.move_objects(objects, result["size"], size):
+    for answer, colour, width in ((result["label"], LABEL, 5), (result["prediction"], PREDICTION, 2)):
+        for found in data.move_objects(drawable(answer), result["size"], size):
             x1, y1, x2, y2 = box = found.get("bbox_2d", [0] * 4)
             if x1 < x2 and y1 < y2:
                 draw.rectangle(box, outline=colour, width=width)

@@ -17,6 +17,7 @@ import data
 from assets.shapes import COLOURS, shapes_sample
 from data import GROUNDING, SHAPES, DataError, LabelStyle, Processor, label_text, load_samples, move_objects
 from rewards import parse_answer
+from support import sources
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 TWO = [{"bbox_2d": [10, 20, 30, 40], "point_2d": [15, 25]}, {"bbox_2d": [5, 6, 700, 800], "point_2d": [7, 8]}]
@@ -130,7 +131,7 @@ def test_open_image_gives_rgb_and_refuses_what_it_cannot_hold(tmp_path, monkeypa
         data.open_image(tmp_path / "cut.png", "file, row 3")
     with pytest.raises(DataError, match="^x: unreadable image"):
         data.open_image(b"not an image", "x")
-    monkeypatch.setattr(data, "MAX_IMAGE_PIXELS", 59_999)
+    monkeypatch.setattr(sources, "MAX_IMAGE_PIXELS", 59_999)
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded an image that is too large"))
     with pytest.raises(DataError, match="300 x 200 pixels is too large"):
         data.open_image(tmp_path / "a.png", "x")
@@ -424,7 +425,7 @@ def test_the_authors_layouts(shared):
     assert test.size == test.frame == data.image_size(test.image) == (960, 643)
     trained = move_objects(first.objects, (840, 840), first.size)[0]["bbox_2d"]
     assert iou(trained, test.objects[0]["bbox_2d"]) > 0.98, "the same quokka in both layouts"
-    with pytest.raises(DataError, match="no Parquet file of the test split"):
+    with pytest.raises(DataError, match="lines file of the test split"):
         load_samples(shared / "parquet" / "train", GROUNDING, "test")
 
 
@@ -432,9 +433,9 @@ MISTAKES = {
     "not JSON": '{"problem": ',
     "not JSON ": '{"problem": "\\ud8"}',
     "not a JSON object": "[1, 2]",
-    "no 'solution'": {"problem": "the cat", "image": "image.png"},
-    "no 'text'": {"image": "image.png"},
-    "no 'bbox'": {"image": "image.png", "text": "the cat", "bbox": None},
+    "no 'solution' or": {"problem": "the cat", "image": "image.png"},
+    "no 'problem' or 'text'": {"image": "image.png"},
+    "no 'solution' or 'bbox' or 'mask'": {"image": "image.png", "text": "the cat", "bbox": None},
     "no 'image'": train_row(image=None),
     "the question ('problem') is empty": train_row(problem=" \n"),
     "the question ('problem') is empty ": train_row(problem=7),
@@ -487,7 +488,7 @@ def test_bad_bytes_and_bad_parquet_rows_are_named_too(tmp_path):
         load_samples(tmp_path / "rows.parquet", GROUNDING)
     assert load_samples(tmp_path / "rows.parquet", GROUNDING, skip_bad_rows=True).skipped == 1
     parquet.write_table(pyarrow.table({"answer": ["7"]}), tmp_path / "other.parquet")
-    with pytest.raises(DataError, match="other.parquet, row 1: no 'text'"):
+    with pytest.raises(DataError, match="other.parquet, row 1: no 'image' or 'images'"):
         load_samples(tmp_path / "other.parquet", GROUNDING)
 
 
@@ -513,7 +514,7 @@ def test_sources_that_are_not_there(tmp_path, monkeypatch):
     (tmp_path / "cut.parquet").write_bytes(b"PAR1 and no more")
     assert "cut.parquet: not readable as Parquet" in complaint(tmp_path / "cut.parquet")
     (tmp_path / "folder").mkdir()
-    assert "no Parquet file of the train split" in complaint(tmp_path / "folder")
+    assert "file of the train split" in complaint(tmp_path / "folder")
 
     def offline(name, **options):
         raise OSError("we are\noffline")
@@ -595,4 +596,4 @@ def test_the_built_in_task_encodes(processors, shapes):
     example = processors["qwen2_vl"].encode(shapes[0], SHAPES, image_size=(56, 56))
     assert shapes[0].question in processors["qwen2_vl"].tokenizer.decode(example.ids)
     assert SHAPES.thresholds == {"iou": 0.5, "box_l1": pytest.approx(35), "point": pytest.approx(70)}
-    assert Path(SHAPES.model).is_absolute() and data.TASKS == {"grounding": GROUNDING, "shapes": SHAPES}
+    assert Path(SHAPES.model).is_absolute() and data.TASKS["shapes"] == SHAPES

@@ -245,7 +245,8 @@ def test_results_say_what_happened(monkeypatch):
     assert found == {
         "id": "a", "where": "row a", "question": "find a", "completion": text, "prediction": [], "label": [],
         "size": [90, 60], "length": len(text) + 1, "truncated": False, "thinking": True,
-        "reward": {"thinking": 1, "format": 2, "accuracy": 3, "non_repeat": 1, "total": 7}}
+        "reward": {"thinking": 1, "format": 2, "accuracy": 3, "non_repeat": 1, "total": 7},
+        "verdict": "right, nothing to find"}
     speak(monkeypatch, lambda example: "<think>I see, and I go on", finished=False)
     [found] = evaluation.evaluate(None, make_processor(), SHAPES, [make_sample()], think=False)
     assert found["prediction"] is None and found["truncated"] and not found["thinking"]

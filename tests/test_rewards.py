@@ -94,7 +94,7 @@ def test_tasks_think_and_errors():
     without = score(completion([DOG]), [DOG], think=False)
     assert without == {"format": 2.0, "accuracy": 3.0, "non_repeat": 1.0, "total": 6.0}
     assert set(RANGES) - set(without) == set(THINKING)
-    with pytest.raises(ValueError, match="'poetry'.*grounding, shapes"):
+    with pytest.raises(ValueError, match="'poetry'.*grounding, gui, anomaly, medical, shapes, counting, math"):
         score("", [], task="poetry")
     with pytest.raises(ValueError, match=r"\(840, 0\)"):
         score("", [], frame=(840, 0))
