@@ -143,7 +143,7 @@ class Stored:
         """The cell's value."""
         return _large_column(self.file, self.group, self.column)[self.row].as_py()
 
-# ---- From a cell to an image -------------------------------------------------------------------------------------------
+# ---- From a cell to an image -----------------------------------------------------------------------------------------
 
 def open_image(source, where: str = "image") -> Image.Image:
     """Decode an image (a path, bytes, a stored cell or a Pillow image) to RGB, upright by its EXIF tag, on white where
