@@ -21,6 +21,7 @@ from PIL import Image
 
 from rewards import read_answer, split_completion
 from support.labels import first_of, read_frame, read_label
+from support.masks import keep_mask
 from support.sources import (SPLITS, DataError, Stored, fetch, find_image, from_json, image_size, open_image, read_rows,
                              require)
 from support.tasks import GROUNDING, SHAPES, TASKS, Frame, Task
@@ -91,12 +92,12 @@ def _read_row(row: dict | bytes, task: Task, folder: Path, where: str) -> tuple[
     if row.get("choices"):
         question += "\nChoices: " + ", ".join(map(str, row["choices"]))
     image = cell if isinstance(cell, Stored) else find_image(cell, folder)
-    stored, size = image_size(image), read_frame(row.get("img_width"), row.get("img_height"))
-    frame = read_frame(*row["frame"]) if row.get("frame") else None if asked == "problem" else size
+    stored, size = image_size(image), read_frame([row.get("img_width"), row.get("img_height")])
+    frame = read_frame(row.get("frame")) or (None if asked == "problem" else size)
     label = read_label(row, task, folder, frame, stored)
     name = str(row.get("id") or row.get("image_id") or where)
     return Sample(name, question, image, label.objects, label.frame, size, label.text, where,
-                  mask=row.get("mask")), label.clipped
+                  mask=keep_mask(row.get("mask"), folder)), label.clipped
 
 # ---- Images and geometry ---------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 import data
 import model
 import rewards
+from support import masks
 from support.answers import same_answer
 from support.measures import areas, mean, ratio, roc_auc
 
@@ -60,6 +61,8 @@ def verdict(result: dict, task: data.Task) -> str:
     values = (METRICS[name]([result | measure(result)]) for name in task.metrics)
     worth = next((value for value in values if value is not None), None)
     words = {1: "right", 0: "wrong", None: "nothing to compare"}.get(worth, "partly right")
+    if worth is None:
+        return words
     if task.text_answer:
         predicted, label = (answer if isinstance(answer, str) else len(answer) for answer in answers)
         return f"{words}: {predicted}" + f", not {label}" * (worth != 1)
@@ -84,7 +87,10 @@ def measure(result: dict) -> dict:
     answers = [result["prediction"] or [], result["label"]]
     counts = [rewards.count(answer) if isinstance(answer, list) or re.fullmatch("[0-9]{1,4}", answer) else np.nan
               for answer in answers]
-    return {**dict(zip(("hits", "iou", "intersection", "union"), compare(result))), "error": counts[0] - counts[1]}
+    hits, iou, intersection, union = compare(result)
+    if answers[1] and isinstance(answers[1], list) and not any("bbox_2d" in thing for thing in answers[1]):
+        hits = iou = None                            # a label of points says nothing about boxes
+    return {"hits": hits, "iou": iou, "intersection": intersection, "union": union, "error": counts[0] - counts[1]}
 
 # A metric is a function of all results, each with what `measure` adds to it.
 METRICS = {
@@ -98,7 +104,7 @@ METRICS = {
     # share of the samples with label [] that were answered with []
     "N-Acc": lambda results: mean(result["hits"] for result in results if not result["label"]),
     # GUI: the first object's point, or else the centre of its box, lies in a labelled box, edge included
-    "point_in_box": lambda results: mean(float(clicks(result)) for result in results if result["label"]),
+    "point_in_box": lambda results: mean(clicks(result) for result in results if result["label"]),
     # anomaly: something was listed where there is something, and nothing where there is nothing
     "anomaly_acc": lambda results: mean(float(suspicion(result) == bool(result["label"])) for result in results),
     "ROC-AUC": lambda results: roc_auc(list(map(suspicion, results)), [bool(result["label"]) for result in results]),
@@ -108,13 +114,14 @@ METRICS = {
     "MAE": lambda results: mean(abs(result["error"]) for result in results),
     "RMSE": lambda results: np.sqrt(mean(result["error"] ** 2 for result in results)).item() if results else None}
 
-def clicks(result: dict) -> bool:
-    """Whether the first predicted object points into a labelled box."""
+def clicks(result: dict) -> float | None:
+    """1 if the first predicted object points into a labelled box, else 0; None where no box is labelled."""
     first, *_ = result["prediction"] or [{}]
     x1, y1, x2, y2 = first.get("bbox_2d", [np.nan] * 4)
     x, y = first.get("point_2d", ((x1 + x2) / 2, (y1 + y2) / 2))
     boxes = [thing["bbox_2d"] for thing in result["label"] if "bbox_2d" in thing]
-    return any(left <= x <= right and top <= y <= bottom for left, top, right, bottom in boxes)
+    inside = [left <= x <= right and top <= y <= bottom for left, top, right, bottom in boxes]
+    return float(any(inside)) if boxes else None
 
 def suspicion(result: dict) -> float:
     """1 for an answer that lists a defect and 0 for []; no answer at all is as wrong as can be."""
@@ -151,6 +158,7 @@ def parse_command_line(argv=None) -> argparse.Namespace:
     flag("--image_size", type=int, nargs="+", help="side, or width and height, to which images are squashed, in pixels")
     flag("--min_pixels", type=int, help="keep aspect ratios instead, with at least this many pixels")
     flag("--max_pixels", type=int, help="keep aspect ratios instead, with at most this many pixels")
+    flag("--masks", metavar="MODEL", help="compare masks, made from the answers by this SAM 2 checkpoint, not boxes")
     flag("--skip_bad_rows", action="store_true", help="leave out rows that cannot be used, and count them")
     flag("--output_dir", help="for answers.json and gallery.png (default: runs/eval-TASK-MODEL)")
     config = parser.parse_args(argv)
@@ -173,11 +181,16 @@ def main(argv=None):
         checkpoint = data.fetch(config.model, "model")
         processor = data.Processor.from_pretrained(checkpoint)
         processor.encode(samples[0], task, **encoding)         # what cannot work fails before the weights are read
+        if config.masks:
+            masks.check_masks(samples)
+            sam = masks.load_sam(data.fetch(config.masks, "masks"), "cuda" if torch.cuda.is_available() else "cpu")
         directory.mkdir(parents=True, exist_ok=True)
         device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
         network = model.load_pretrained(checkpoint, dtype, device)
         results = evaluate(network, processor, task, samples, max_new_tokens=config.max_completion_length,
                            batch_size=config.batch_size, **encoding)
+        if config.masks:
+            masks.add_overlaps(results, samples, sam)
     except (data.DataError, model.CheckpointError, OSError) as error:
         print(f"eval.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from rewards import boxed
-from support.masks import mask_objects, read_mask
+from support.masks import keep_mask, mask_objects, read_mask
 from support.sources import DataError, from_json, require
 from support.tasks import Frame, Task
 
@@ -34,7 +34,7 @@ def read_label(row: dict, task: Task, folder: Path, frame: Frame | None, stored:
     if column in ("answer", "count") or "bbox" not in task.columns:
         return Label(task.text_answer.format(short_answer(value, task, row.get("choices"))), frame)
     if column == "mask":
-        mask = read_mask(value, folder)
+        mask = read_mask(keep_mask(value, folder))
         return Label(mask_objects(mask), mask.shape[::-1])
     objects = from_json(value)
     require(isinstance(objects, list), f"the label is not a list: {str(value)[:80]}")
@@ -51,13 +51,13 @@ def first_of(row: dict, *names) -> tuple[str, object]:
             return name, row[name]
     raise DataError(f"no {' or '.join(map(repr, names))}; a row has an image, a problem or text, and a label")
 
-def read_frame(width=None, height=None, *more) -> Frame | None:
-    """A (width, height) that a row states, checked; None where it states none."""
-    if width is None or height is None:
+def read_frame(sides) -> Frame | None:
+    """The (width, height) that a row states, checked; None where it states none."""
+    if sides is None or sides == [None, None]:
         return None
-    numbers = all(type(side) in (int, float) and 0 < side < 1e9 for side in (width, height))
-    require(numbers and not more, f"width {width} and height {height} are not two positive numbers")
-    return width, height
+    require(isinstance(sides, list) and [type(side) in (int, float) and 0 < side < 1e9 for side in sides] == [True] * 2,
+            f"not a width and a height: {str(sides)[:80]}")
+    return tuple(sides)
 
 def short_answer(value, task: Task, choices: list | None) -> str:
     """The text of a number, of words, or of the choice that a letter stands for; without the \\boxed{} around it."""

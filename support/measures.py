@@ -3,8 +3,8 @@
 import numpy as np
 
 def mean(values) -> float | None:
-    """The mean of some numbers, None for none."""
-    values = list(values)
+    """The mean of some numbers, None for none; None among them does not count."""
+    values = [value for value in values if value is not None]
     return sum(values) / len(values) if values else None
 
 def ratio(part: float, whole: float) -> float | None:

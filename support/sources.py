@@ -43,8 +43,9 @@ def from_json(value):
 # ---- From a name to files --------------------------------------------------------------------------------------------
 
 def fetch(name, kind: str) -> Path:
-    """A local path as it is, or the folder of a hub "model" or "dataset" (owner/name), downloaded on first use."""
-    path, flag = Path(name), {"model": "the checkpoint with --model", "dataset": "the data with --data"}[kind] + " PATH"
+    """A local path as it is, or the folder of a hub "model", "dataset" or SAM for "masks", downloaded on first use."""
+    flags = {"model": "the checkpoint with --model", "dataset": "the data with --data", "masks": "SAM 2 with --masks"}
+    path, flag = Path(name), flags[kind] + " PATH"
     if path.exists():
         return path
     is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)) and path.suffix not in (*JSON, ".parquet", ".arrow")
@@ -53,7 +54,8 @@ def fetch(name, kind: str) -> Path:
         _require_pyarrow(name)           # before a download of gigabytes, not after it
     try:
         from huggingface_hub import snapshot_download
-        return Path(snapshot_download(str(name), repo_type=kind, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.py"]))
+        return Path(snapshot_download(str(name), repo_type="dataset" if kind == "dataset" else "model",
+                                      ignore_patterns=["*.bin", "*.pt", "*.pth", "*.py"]))
     except Exception as error:           # no network, no such repository, disk full: the remedy is the same
         raise DataError(f"{name}: no such folder, and the Hugging Face hub did not give it "
                         f"({type(error).__name__}: {str(error)[:150]}); give {flag}") from None
@@ -142,6 +144,10 @@ class Stored:
     def read(self):
         """The cell's value."""
         return _large_column(self.file, self.group, self.column)[self.row].as_py()
+
+    def is_null(self) -> bool:
+        """Whether nothing is there."""
+        return not _large_column(self.file, self.group, self.column)[self.row].is_valid
 
 # ---- From a cell to an image -----------------------------------------------------------------------------------------
 

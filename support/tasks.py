@@ -62,7 +62,7 @@ MEDICAL = Task(
     name="medical",
     instruction='The image was taken for a medical examination. Find "{question}". ' + OBJECTS
                 + "If it is not there, the list is []. ",
-    metrics=("gIoU", "cIoU", "accuracy"))
+    metrics=("accuracy", "gIoU", "cIoU"))
 
 COUNTING = Task(
     name="counting",
