@@ -20,7 +20,7 @@ LATEX = (                                # spelling -> plain text; those with br
 BRACES = (
     (r"\\(?:text|textbf|textit|mathrm|mathbf|operatorname|mbox|boxed)\s*\{([^{}]*)\}", r" \1 "),
     (r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))"), (r"\\sqrt\s*\[(\d)\]\s*\{([^{}]*)\}", r"((\2)^(1/\1))"),
-    (r"\\sqrt\s*\{([^{}]*)\}", r"sqrt(\1)"), (r"\^\s*\{([^{}]*)\}", r"^(\1)"))
+    (r"\\sqrt\s*\{([^{}]*)\}", r"sqrt(\1)"), (r"\^\s*\{(\w+)\}", r"^\1"), (r"\^\s*\{([^{}]*)\}", r"^(\1)"))
 TOKEN = re.compile(r"\s*(\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,])|\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+|sqrt|pi|[-+*/^()])")
 
 def same_answer(predicted: str, label: str) -> bool:
@@ -56,7 +56,9 @@ def plain(text: str) -> str:
     return text.strip().rstrip(".").strip()
 
 def items(text: str) -> list[str]:
-    """What the commas of a list part, with its brackets as items of their own; those of 1,234 part nothing."""
+    """The sides of an equation; what the commas of a list part, and its brackets; those of 1,234 part nothing."""
+    if "=" in text:
+        return text.split("=")
     brackets = text[:1] + text[-1:]
     if "," not in text or quantity(text):
         return [text]
@@ -68,7 +70,6 @@ def same_item(a: str, b: str) -> bool:
     """Whether two numbers with or without units, or two texts, are the same."""
     first, second = quantity(a), quantity(b)
     if first is None or second is None:
-        squash = lambda text: re.sub(r"[\s{}]", "", text).casefold()
         return squash(a) == squash(b) != ""
     (value, unit), (other, its_unit) = first, second
     if unit and its_unit and unit != its_unit:
@@ -76,6 +77,11 @@ def same_item(a: str, b: str) -> bool:
     close = lambda x, y: math.isclose(x, y, rel_tol=1e-12, abs_tol=1e-12)
     percent = (unit == "%") - (its_unit == "%")          # 10% is 0.1; and it is 10 where the question says percent
     return close(value, other) or percent != 0 and close(value / 100 ** (percent > 0), other / 100 ** (percent < 0))
+
+def squash(text: str) -> str:
+    """A text without case, braces and white space, but for that between two words or two numbers."""
+    text = re.sub(r"(?<=\d)\s+(?=\d)|(?<=[^\W\d])\s+(?=[^\W\d])", "_", text.replace("{", "").replace("}", "").strip())
+    return re.sub(r"\s", "", text).casefold()
 
 def quantity(text: str) -> tuple[float, str] | None:
     """(value, unit) of a number as people write it, such as 2\\sqrt3 cm or 3.5 million; None for anything else."""

@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +136,55 @@ def test_open_image_gives_rgb_and_refuses_what_it_cannot_hold(tmp_path, monkeypa
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded an image that is too large"))
     with pytest.raises(DataError, match="300 x 200 pixels is too large"):
         data.open_image(tmp_path / "a.png", "x")
+
+
+def test_odd_images_look_as_a_viewer_shows_them(tmp_path):
+    """Transparent parts are white, 16 bits keep their shades, CMYK its colours, an animation is its first picture."""
+    def seen(image, name, **options):
+        image.save(tmp_path / name, **options)
+        for source in (tmp_path / name, (tmp_path / name).read_bytes()):
+            assert data.image_size(source) == image.size
+        opened = np.asarray(data.open_image(tmp_path / name))
+        assert np.array_equal(opened, np.asarray(data.open_image((tmp_path / name).read_bytes())))
+        return opened
+
+    ramp = np.linspace(0, 65535, 300).astype(np.uint16).reshape(10, 30)
+    shades = seen(Image.fromarray(ramp), "deep.png")
+    assert np.abs(shades[:, :, 0] - ramp / 257.0).max() < 2 and shades.std() > 60
+    for mode, name in (("RGBA", "a.png"), ("LA", "b.png")):
+        image = Image.new(mode, (20, 10), "black")
+        image.putalpha(Image.new("L", (20, 10), 0))
+        image.paste(Image.new(mode, (5, 5), "black"), (0, 0))
+        pixels = seen(image, name)
+        assert (pixels[:5, :5] == 0).all() and (pixels[5:, 5:] == 255).all()
+    palette = Image.new("P", (20, 10), 1)
+    palette.putpalette([0, 0, 0, 200, 30, 40])
+    assert (seen(palette, "p.gif") == [200, 30, 40]).all()
+    assert (seen(palette, "t.png", transparency=1) == 255).all()
+    red = seen(Image.new("RGB", (20, 10), (200, 30, 40)).convert("CMYK"), "c.jpg", quality=95)
+    assert np.abs(red.astype(int) - [200, 30, 40]).max() < 8
+    frames = [Image.new("RGB", (20, 10), colour) for colour in ("red", "blue")]
+    assert (seen(frames[0], "m.gif", save_all=True, append_images=frames[1:]) == [255, 0, 0]).all()
+
+
+def test_images_that_no_model_could_take_are_refused_by_name(tmp_path):
+    Image.new("RGB", (1, 5000)).save(tmp_path / "thin.png")
+    Image.new("F", (20, 10)).save(tmp_path / "float.tiff")
+    Image.new("RGB", (300, 200)).save(tmp_path / "whole.jpg")
+    whole = (tmp_path / "whole.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(whole[:len(whole) // 2])
+    png = bytearray(png_bytes(Image.new("RGB", (300, 200))))
+    png[16:24] = (100_000).to_bytes(4, "big") * 2                # the header claims 10 thousand million pixels
+    png[29:33] = zlib.crc32(png[12:29]).to_bytes(4, "big")
+    (tmp_path / "huge.png").write_bytes(png)
+    for name, complaint in (("thin.png", "1 x 5000 pixels is too large or too long"), ("float.tiff", "32 bits"),
+                            ("cut.jpg", "truncated"), ("huge.png", "pixels")):
+        with pytest.raises(DataError, match=complaint) as error:
+            data.open_image(tmp_path / name, "file, row 3")
+        assert str(error.value).startswith("file, row 3: ") and "\n" not in str(error.value)
+    rows = [train_row(image=name, solution="[]") for name in ("thin.png", "huge.png", "whole.jpg")]
+    samples = load_samples(write_rows(tmp_path, rows), GROUNDING, skip_bad_rows=True)
+    assert samples.skipped == 2 and len(samples) == 1
 
 
 # ---- Geometry -------------------------------------------------------------------------------------------------------

@@ -135,6 +135,69 @@ def test_areas_are_exact_for_real_numbers_and_quick_for_large_images():
     assert time.perf_counter() - start < 1
 
 
+def task_metrics(task, results):
+    return evaluation.metrics(results, data.TASKS[task])
+
+
+def test_roc_auc_counts_pairs():
+    """Brute force over all pairs, with many ties, and the answers of an anomaly detector."""
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        scores, positive = rng.integers(0, rng.integers(1, 6) + 1, 20) / 4, rng.random(20) < 0.4
+        pairs = [(a, b) for a, p in zip(scores, positive) if p for b, q in zip(scores, positive) if not q]
+        expected = np.mean([(a > b) + (a == b) / 2 for a, b in pairs]) if pairs else None
+        assert evaluation.roc_auc(scores, positive) == (expected if expected is None else pytest.approx(expected))
+    box = [thing(0, 0, 10, 10)]
+    results = [result(*pair) for pair in ((box, box), ([], box), (box, box), (None, box), ([], []), (box, []), (None, []))]
+    found = task_metrics("anomaly", results)
+    assert found["anomaly_acc"] == pytest.approx(3 / 7)
+    says = [1, 0, 1, 0, 0, 1, 1]                                  # no answer is as wrong as can be
+    pairs = [(a > b) + (a == b) / 2 for a in says[:4] for b in says[4:]]
+    assert found["ROC-AUC"] == pytest.approx(np.mean(pairs))
+    assert task_metrics("anomaly", results[:4])["ROC-AUC"] is None
+
+
+def test_counts_against_plain_sums():
+    rng, results, errors, right = np.random.default_rng(0), [], [], []
+    for n in range(200):
+        label, predicted = rng.integers(0, 9, 2).tolist()
+        answer = [[thing(0, 0, 9, 9)] * predicted, str(predicted), None][n % 3]
+        truth = [[thing(0, 0, 9, 9)] * label, str(label)][n // 3 % 2]
+        results.append(result(answer, truth))
+        errors.append((0 if answer is None else predicted) - label)
+        right.append(answer is not None and predicted == label)
+    found = task_metrics("counting", results)
+    assert found["MAE"] == pytest.approx(sum(abs(e) for e in errors) / 200)
+    assert found["RMSE"] == pytest.approx((sum(e * e for e in errors) / 200) ** 0.5)
+    assert found["count_acc"] == sum(right) / 200 and 0 < sum(right) < 60
+    assert all(value is None for name, value in task_metrics("counting", []).items() if name != "samples")
+
+
+def test_a_click_counts_where_it_lands():
+    box, two = [{"bbox_2d": [10, 20, 30, 40]}], [{"bbox_2d": [10, 20, 30, 40]}, {"bbox_2d": [50, 50, 60, 60]}]
+    for predicted, label, expected in (
+            ([{"point_2d": [15, 25]}], box, 1), ([{"point_2d": [10, 40]}], box, 1), ([{"point_2d": [9.9, 30]}], box, 0),
+            ([{"point_2d": [30, 15]}], box, 0), ([{"point_2d": [25, 15]}], box, 0),      # x and y are not the same
+            ([{"bbox_2d": [0, 0, 40, 60]}], box, 1), ([{"bbox_2d": [0, 0, 10, 10]}], box, 0),     # its centre
+            ([{"bbox_2d": [0, 0, 40, 60], "point_2d": [1, 1]}], box, 0),
+            ([{"point_2d": [55, 55]}], two, 1), ([{"point_2d": [1, 1]}, {"point_2d": [15, 25]}], two, 0),
+            ([{}], box, 0), ([], box, 0), (None, box, 0), ([{"point_2d": [1, 1]}], [{"point_2d": [1, 1]}], None)):
+        assert task_metrics("gui", [result(predicted, label)])["point_in_box"] == expected, (predicted, label)
+
+
+def test_labels_of_points_alone_say_nothing_about_boxes():
+    found = task_metrics("gui", [result([thing(0, 0, 9, 9)], [{"point_2d": [3, 3]}])])
+    assert found["accuracy"] is found["gIoU"] is found["point_in_box"] is None
+
+
+def test_math_accuracy_and_measured_masks():
+    results = [result("0.5", r"\boxed{\frac{1}{2}}"), result("7", r"\boxed{8}"), result(None, r"\boxed{8}")]
+    assert task_metrics("math", results)["accuracy"] == pytest.approx(1 / 3)
+    box = [thing(0, 0, 10, 10)]
+    found = evaluation.metrics([result(box, box, overlap=[30.0, 120.0]), result(box, box)])
+    assert found["gIoU"] == (0.25 + 1) / 2 and found["cIoU"] == 130 / 220
+
+
 def test_nothing_to_measure_is_none_and_printed_as_a_dash():
     found = evaluation.metrics([])
     assert found.pop("samples") == 0 and all(value is None for value in found.values())
