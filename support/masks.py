@@ -1,4 +1,4 @@
-"""Masks: from a file's cell to pixels, to a box and a point; predicted ones from SAM 2, prompted with boxes and points.
+"""Masks: from a file's cell to pixels, to a box and a point; predicted ones by SAM 2, prompted with boxes and points.
 
 A mask is a (height, width) array of booleans, True on the object, in pixels of the original image.
 """
@@ -85,8 +85,8 @@ def predict_mask(sam, image: Image.Image, objects: list[dict], size) -> np.ndarr
     prompt = {"input_boxes": boxes.view(1, -1, 4), "input_points": points.view(1, -1, 1, 2),
               "input_labels": torch.ones(1, len(points), 1, dtype=torch.int32)}
     prompt = {name: tensor.to(sam.device) for name, tensor in prompt.items()}
-    logits = sam(pixel_values=pixels.to(sam.device), multimask_output=False, **prompt).pred_masks    # (1, n, 1, h, w)
-    for one in logits[0]:                               # one at a time: an original may be large, and objects many
+    logits = sam(pixel_values=pixels.to(sam.device), multimask_output=False, **prompt).pred_masks   # (1, n, 1, h, w)
+    for one in logits[0]:                                # one at a time: an original may be large, and objects many
         whole = interpolate(one[None].float(), (height, width), mode="bilinear", align_corners=False)[0, 0]
         mask |= (whole > 0).cpu().numpy()
     return mask
@@ -99,9 +99,8 @@ def check_masks(samples):
 def add_overlaps(results: list[dict], samples, sam):
     """Add "overlap" to each result: areas of intersection and union of predicted and labelled mask, in pixels."""
     for result, sample in zip(results, tqdm(samples, "masks", leave=False, disable=None)):
-        truth = read_mask(sample.mask) if result["label"] else np.zeros(result["size"][::-1], bool)
-        require(truth.shape == tuple(result["size"][::-1]), f"{sample.where}: the mask has {truth.shape[::-1]} pixels, "
-                f"the original image {tuple(result['size'])}")
+        truth = read_mask(sample.mask) if result["label"] else np.zeros((1, 1), bool)
+        truth = np.asarray(Image.fromarray(truth).resize(result["size"], Image.Resampling.NEAREST))
         objects = result["prediction"] if isinstance(result["prediction"], list) else []
         found = predict_mask(sam, open_image(sample.image, sample.where), objects, result["size"])
         result["overlap"] = [float((found & truth).sum()), float((found | truth).sum())]

@@ -96,10 +96,8 @@ def draw_tile(result: dict, image: Image.Image) -> Image.Image:
             if x1 < x2 and y1 < y2:
                 draw.rectangle(box, outline=colour, width=width)
             draw.circle(found.get("point_2d", (-99, -99)), width + 2, colour, "white")
-    hits, iou, *_ = compare(result)
-    verdict = "no answer" if result["prediction"] is None else {1: "right", 0: "wrong"}.get(hits, "partly right")
-    verdict += f", IoU {iou:.2f}" if result["label"] else ", nothing to find"
-    colour, y = LABEL if hits == 1 else PREDICTION, TILE + 8
+    verdict = result["verdict"]
+    colour, y = LABEL if verdict.startswith("right") else PREDICTION, TILE + 8
     question, answer = result["question"], result["completion"].replace("><", "> <")     # lines may break between tags
     for text, points, fill, lines in ((question, 17, BLACK, 2), (verdict, 15, colour, 1), (answer, 13, GREY, 5)):
         wrapped = textwrap.wrap(text, int(TILE / points * 1.95), max_lines=lines, placeholder=" …")

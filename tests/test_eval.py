@@ -26,7 +26,7 @@ def thing(*box):
 def result(prediction, label, size=(40, 30), **fields):
     return {"id": "a", "where": "row 1", "question": "find it", "completion": "<think>here</think><answer>…</answer>",
             "prediction": prediction, "label": label, "size": list(size), "length": 10, "truncated": False,
-            "thinking": True, "reward": {"format": 2.0, "total": 4.0}, **fields}
+            "thinking": True, "reward": {"format": 2.0, "total": 4.0}, "verdict": "right, IoU 1.00", **fields}
 
 
 # ---- Metrics ---------------------------------------------------------------------------------------------------------

@@ -373,6 +373,27 @@ def test_a_task_of_ones_own_is_ten_lines(monkeypatch, tmp_path):
     assert evaluation.metrics(found, data.TASKS[name])["accuracy"] == 1
 
 
+def test_the_readmes_rows_are_read(tmp_path):
+    """Every sample line of the README's section on data, and its conversion of VLM-R1's rows."""
+    readme = (ROOT / "README.md").read_text().split("## Data")[1].split("## Training")[0]
+    rows = [json.loads(line) for line in readme.split("```json\n")[1].split("```")[0].splitlines()]
+    tasks = ("grounding", "grounding", "grounding", "grounding", "medical", "counting", "math")
+    for name in ("cats.jpg", "lesion.jpg", "lesion_mask.png", "coins.png", "plot.png"):
+        Image.new("L", (600, 400), 255).save(tmp_path / name)
+    for row, task in zip(rows, tasks, strict=True):
+        (tmp_path / "row.jsonl").write_text(json.dumps(row))
+        [sample] = data.load_samples(tmp_path / "row.jsonl", data.TASKS[task])
+    assert sample.objects == r"\boxed{4}" and sample.question.endswith("\nChoices: 3, 4, 5")
+    names = {}
+    exec(readme.split("```python\n")[1].split("```")[0], names)
+    for answer, task, objects in (("0", "counting", "0"), ("[12, 40, 210, 300]", "grounding", [12, 40, 210, 300])):
+        row = {"id": 1, "image": "cats.jpg", "conversations": [{"from": "human", "value": "<image>What?"},
+                                                               {"from": "gpt", "value": answer}]}
+        (tmp_path / "row.jsonl").write_text(json.dumps(names["from_vlm_r1"](row)))
+        [sample] = data.load_samples(tmp_path / "row.jsonl", data.TASKS[task])
+        assert sample.question == "What?" and (sample.objects == objects or sample.objects[0]["bbox_2d"] == objects)
+
+
 # ---- Masks ----------------------------------------------------------------------------------------------------------
 
 
