@@ -64,7 +64,7 @@ def verdict(result: dict, task: data.Task) -> str:
     if worth is None:
         return words
     if task.text_answer:
-        predicted, label = (answer if isinstance(answer, str) else len(answer) for answer in answers)
+        predicted, label = (len(a) if isinstance(a, list) else rewards.boxed(a) or a for a in answers)
         return f"{words}: {predicted}" + f", not {label}" * (worth != 1)
     return words + (f", IoU {compare(result)[1]:.2f}" if answers[1] else ", nothing to find")
 

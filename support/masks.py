@@ -17,7 +17,7 @@ from support.sources import DataError, Stored, find_image, image_size, open_imag
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)         # ImageNet's, with which SAM 2 was trained
 
 def keep_mask(cell, folder: Path):
-    """What to remember of a mask's cell until `read_mask`: rows of numbers would fill the memory; paths from `folder`."""
+    """What to keep of a mask's cell until `read_mask`: rows of numbers would fill the memory; paths from `folder`."""
     if cell is None or isinstance(cell, Stored):
         return None if cell is None or cell.is_null() else cell
     return read_mask(cell) if isinstance(cell, list) else find_image(cell, folder)
