@@ -54,8 +54,8 @@ class Dataset(list):
 def load_samples(source, task: Task, split="train", limit: int | None = None, skip_bad_rows=False) -> Dataset:
     """Read and check the samples of a source, or the first `limit`; DataError at a bad row unless those are skipped.
 
-    source: "builtin", a .jsonl, .json, .parquet or .arrow file, a folder of such files or one that `save_to_disk`
-        wrote, a hub id, or None for the task's own. Of Parquet and Arrow files the images stay on disk.
+    source: "builtin", a .jsonl, .json, .parquet or .arrow file, a folder of .parquet or .jsonl files or one that
+        `save_to_disk` wrote, a hub id, or None for the task's own. Images of Parquet and Arrow files stay on disk.
     Columns: image, problem, solution (training: pixels of the stored image; img_width, img_height of the original) or
         image, text, bbox (test: original pixels; one box, several, or []); Task.columns has the other labels. `frame`
         says what coordinates run to, such as [1000, 1000]. Image paths start where the file is.

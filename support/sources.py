@@ -71,12 +71,12 @@ def find_data_files(path: Path, split: str) -> list[Path]:
     if path.is_file():
         return [path]
     if (path / "dataset_dict.json").is_file():           # save_to_disk of several splits
-        splits = from_json((path / "dataset_dict.json").read_bytes()).get("splits", [])
+        splits = _read_json(path / "dataset_dict.json", dict).get("splits", [])
         require(split in splits, f"{path}: has no split {split!r}, but {', '.join(map(repr, splits)) or 'none'}")
         path = path / split
     if (path / "state.json").is_file():                  # save_to_disk; .name: a list must not point elsewhere
-        state = from_json((path / "state.json").read_bytes())
-        return [path / Path(entry["filename"]).name for entry in state.get("_data_files", [])]
+        listed = _read_json(path / "state.json", dict).get("_data_files", [])
+        return [path / Path(entry["filename"]).name for entry in listed]
     of_split = {name: re.compile(rf"(?<![a-z]){name}(?![a-z])") for name in SPLITS}
     files = [file for file in sorted(path.rglob("*")) if file.suffix in (".parquet", ".jsonl")]
     return [file for file in files if of_split[split].search(name := str(file.relative_to(path)))
@@ -91,15 +91,24 @@ def read_rows(source: str, split: str):
     require(files, f"{source}: no Parquet, Arrow or JSON lines file of the {split} split; give one with --data PATH")
     for file in files:
         for number, row in enumerate(_json_rows(file) if file.suffix in JSON else _table_rows(file), 1):
-            if row is not None:
+            if row != b"":
                 yield file, number, row
 
-def _json_rows(file: Path):
-    """The lines of a file, None for an empty one; or the items of a list that is the whole file."""
+def _json_rows(file: Path) -> list:
+    """The lines of a file, b"" for an empty one; or the items of a list that is the whole file."""
     text = file.read_bytes()
     if file.suffix == ".json" and text.lstrip().startswith(b"["):
-        return from_json(text)
-    return [line if line.strip() else None for line in text.splitlines()]
+        return _read_json(file, list)
+    return [line.strip() for line in text.splitlines()]
+
+def _read_json(file: Path, kind: type):
+    """What a JSON file holds, a list or a dict; DataError if it is damaged or holds something else."""
+    try:
+        content = from_json(file.read_bytes())
+    except DataError as error:
+        raise DataError(f"{file}: {error}") from None
+    require(isinstance(content, kind), f"{file}: not a JSON {kind.__name__}")
+    return content
 
 def _table_rows(file: Path):
     """The rows of a Parquet or Arrow file, with a Stored in place of every image and mask."""

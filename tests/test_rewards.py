@@ -361,6 +361,8 @@ def test_math_rewards_are_three_ones():
     good = "<think>half</think><answer>so \\boxed{\\frac{1}{2}}</answer>"
     assert score(good, r"\boxed{0.5}", task="math") == {"thinking": 1, "format": 1, "accuracy": 1, "total": 3}
     assert score(good, "0.5", task="math", think=False) == {"format": 1, "accuracy": 1, "total": 2}
+    long = "the longest side of the triangle, " * 5
+    assert score(f"<answer>\\boxed{{{long}}}</answer>", f"\\boxed{{{long}}}", task="math")["accuracy"] == 1
     for text, expected in ((good.replace("1}", "3}"), (1, 1, 0)), ("<answer>\\boxed{0.5}</answer>", (0, 1, 1)),
                            ("<think>a</think><answer>0.5</answer>", (1, 0, 0)), ("\\boxed{0.5}", (0, 0, 0)),
                            ("<think>\\boxed{0.5}</think>", (0, 0, 0)),

@@ -43,8 +43,8 @@ def make_rows(task: str, split: str) -> list[dict]:
     bbox = lambda *boxes: base | {"bbox": [scaled(box, 2, 4) for box in boxes]}
     with_point, without = {"bbox_2d": A, "point_2d": [20, 30]}, {"bbox_2d": B}
     boxes = [bbox(A, B), bbox(A), bbox()] if test else [solution(with_point, without), solution(without), solution()]
-    mask = Image.new("L", (180, 240))
-    ImageDraw.Draw(mask).ellipse([18, 24, 89, 215], 255)
+    mask = Image.new("L", (90, 120))                     # half the original's size: a mask has its own frame
+    ImageDraw.Draw(mask).ellipse([9, 12, 44, 107], 255)
     return {
         "grounding": boxes, "anomaly": boxes,
         "gui": boxes[1:2] if test else [*boxes[:2], solution({"point_2d": [20, 30]})],
@@ -149,6 +149,15 @@ def test_damaged_files_end_in_one_line(tmp_path):
         (folder / name).unlink()
         with pytest.raises(data.DataError):
             data.load_samples(folder, data.GROUNDING)
+    (folder / "train" / "state.json").write_text('{"_data_files": [')
+    with pytest.raises(data.DataError, match="state.json: not JSON"):
+        data.load_samples(folder, data.GROUNDING)
+    (tmp_path / "a.json").write_text('[{"image": 3}, ')
+    with pytest.raises(data.DataError, match="a.json: not JSON"):
+        data.load_samples(tmp_path / "a.json", data.GROUNDING)
+    (tmp_path / "a.json").write_text("[null]")
+    with pytest.raises(data.DataError, match="a.json, row 1: not a JSON object"):
+        data.load_samples(tmp_path / "a.json", data.GROUNDING)
 
 
 @pytest.mark.parametrize("layout", ["parquet", "save_to_disk"])
@@ -184,6 +193,7 @@ def test_a_folder_of_json_lines_and_splits_in_names(tmp_path):
 @pytest.mark.parametrize("task, changes, expected", [
     ("grounding", {"solution": [A, B]}, [A, B]),                              # bare boxes
     ("grounding", {"solution": A}, [A]),                                      # one flat box
+    ("grounding", {"solution": [A], "images": [{"bytes": None, "path": "0-image.png"}]}, [A]),
     ("grounding", {"solution": [{"bbox_2d": [100, 100, 500, 900]}], "frame": [1000, 1000]}, [[100, 100, 500, 900]]),
     ("counting", {"count": 3.0}, "3"), ("counting", {"answer": " 12 "}, "12"), ("counting", {"count": 0}, "0"),
     ("math", {"answer": "x + 1"}, r"\boxed{x + 1}"), ("math", {"solution": r"so \boxed{\frac{1}{2}}"}, None),
@@ -197,6 +207,7 @@ def test_labels_of_every_kind(tmp_path, task, changes, expected):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row | changes))
     [sample] = data.load_samples(tmp_path / "rows.jsonl", data.TASKS[task])
     assert sample.question.startswith("what?")
+    assert data.open_image(sample.image).size == (90, 60)
     if isinstance(sample.objects, list):
         assert [found["bbox_2d"] for found in sample.objects] == expected
         assert sample.frame == (tuple(changes["frame"]) if "frame" in changes else None)
@@ -235,6 +246,9 @@ def test_a_point_of_a_mask_is_inside_even_where_its_centre_is_not():
         [found] = masks.mask_objects(mask)
         (x1, y1, x2, y2), (x, y) = found["bbox_2d"], found["point_2d"]
         assert mask[int(y), int(x)]
+        ys, xs = np.nonzero(mask)
+        assert np.hypot(y - 0.5 - ys.mean(), x - 0.5 - xs.mean()) == pytest.approx(
+            min(np.hypot(b - ys.mean(), a - xs.mean()) for b, a in zip(ys, xs)))
         inside = np.zeros_like(mask)
         inside[y1:y2, x1:x2] = True
         assert mask[y1:y2, x1:x2].sum() == mask.sum()
@@ -454,7 +468,7 @@ def test_iou_of_masks_is_counted_in_pixels(monkeypatch, tmp_path):
     speak(monkeypatch, lambda example: data.label_text(example.objects))
     results = evaluation.evaluate(None, make_processor(), data.TASKS["medical"], samples, image_size=(48, 48))
     masks.add_overlaps(results, samples, None)
-    truth = np.asarray(make_rows("medical", "test")[0]["mask"]) > 0
+    truth = np.asarray(make_rows("medical", "test")[0]["mask"]).repeat(2, axis=0).repeat(2, axis=1) > 0
     expected = truth[120:].sum() / (truth.sum() + 120 * 180 - truth[120:].sum())
     found = evaluation.metrics(results, data.TASKS["medical"])
     assert found["gIoU"] == found["cIoU"] == pytest.approx(expected) and 0.2 < expected < 0.8
