@@ -85,12 +85,13 @@ def _read_row(row: dict | bytes, task: Task, folder: Path, where: str) -> tuple[
     row = from_json(row)
     require(isinstance(row, dict), "not a JSON object")
     (_, cell), (asked, question) = first_of(row, "image", "images"), first_of(row, "problem", "text")
-    require(isinstance(question, str) and question.strip(), f"the question ({asked!r}) is empty")
-    # <|image_pad|> would become one more image slot
-    require(not re.search(r"<\|.*?\|>", question), f"the question contains a control token: {question[:80]!r}")
+    require(isinstance(question, str), f"the question ({asked!r}) is not text")
     question = question.replace("<image>", "").strip()               # EasyR1 marks with it where the image goes
+    require(question, f"the question ({asked!r}) is empty")
     if row.get("choices"):
         question += "\nChoices: " + ", ".join(map(str, row["choices"]))
+    # <|image_pad|> would become one more image slot
+    require(not re.search(r"<\|.*?\|>", question), f"the question contains a control token: {question[:80]!r}")
     image = cell if isinstance(cell, Stored) else find_image(cell, folder)
     stored, size = image_size(image), read_frame([row.get("img_width"), row.get("img_height")])
     frame = read_frame(row.get("frame")) or (None if asked == "problem" else size)

@@ -21,7 +21,7 @@ import model
 import rewards
 from support import masks
 from support.answers import same_answer
-from support.measures import areas, mean, ratio, roc_auc
+from support.measures import areas, clicks, mean, ratio, roc_auc, suspicion
 
 def evaluate(network, processor, task: data.Task, samples, *, max_new_tokens=512, batch_size=32, think=True,
              progress=True, **encoding) -> list[dict]:
@@ -114,19 +114,6 @@ METRICS = {
     "MAE": lambda results: mean(abs(result["error"]) for result in results),
     "RMSE": lambda results: np.sqrt(mean(result["error"] ** 2 for result in results)).item() if results else None}
 
-def clicks(result: dict) -> float | None:
-    """1 if the first predicted object points into a labelled box, else 0; None where no box is labelled."""
-    first, *_ = result["prediction"] or [{}]
-    x1, y1, x2, y2 = first.get("bbox_2d", [np.nan] * 4)
-    x, y = first.get("point_2d", ((x1 + x2) / 2, (y1 + y2) / 2))
-    boxes = [thing["bbox_2d"] for thing in result["label"] if "bbox_2d" in thing]
-    inside = [left <= x <= right and top <= y <= bottom for left, top, right, bottom in boxes]
-    return float(any(inside)) if boxes else None
-
-def suspicion(result: dict) -> float:
-    """1 for an answer that lists a defect and 0 for []; no answer at all is as wrong as can be."""
-    return float(not result["label"] if result["prediction"] is None else bool(result["prediction"]))
-
 def compare(result: dict) -> tuple[float, float, float, float]:
     """What accuracy, gIoU and cIoU are made of: (hits / max(#predicted, #labelled), IoU, intersection, union)."""
     predicted, label, corner = result["prediction"], result["label"], np.tile(result["size"], 2)
@@ -168,6 +155,7 @@ def parse_command_line(argv=None) -> argparse.Namespace:
     task = data.TASKS[config.task]
     config.image_size = config.image_size and (config.image_size * 2)[:2]              # one number is both sides
     config.model, config.data = config.model or task.model, config.data or task.eval_data
+    config.max_pixels = config.max_pixels or task.recipe.get("max_pixels")
     config.max_completion_length = config.max_completion_length or task.recipe.get("max_completion_length", 512)
     config.output_dir = config.output_dir or "-".join(["runs/eval", config.task, *Path(config.model).parts[-2:]])
     return config

@@ -42,7 +42,7 @@ class Thresholds:
 
 # ---- The reward ------------------------------------------------------------------------------------------------------
 
-def score(completion: str, label: list[dict], task: str = "grounding", frame=(FRAME, FRAME),
+def score(completion: str, label: list[dict] | str, task: str = "grounding", frame=(FRAME, FRAME),
           thresholds: Thresholds = Thresholds(), think: bool = True) -> dict[str, float]:
     """Score one completion against its label: its components by name, those of RANGES at most, and their sum, "total".
 

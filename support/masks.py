@@ -70,7 +70,7 @@ def predict_mask(sam, image: Image.Image, objects: list[dict], size) -> np.ndarr
 
     image: RGB; objects: in pixels of size, the (width, height) of the original, in whose pixels the mask is.
     """
-    width, height = size
+    width, height = map(round, size)
     mask, side = np.zeros((height, width), bool), sam.config.prompt_encoder_config.image_size
     objects = [found for found in objects if "bbox_2d" in found]
     if not objects:
@@ -100,8 +100,9 @@ def add_overlaps(results: list[dict], samples, sam):
     """Add "overlap" to each result: areas of intersection and union of predicted and labelled mask, in pixels."""
     for result, sample in zip(results, tqdm(samples, "masks", leave=False, disable=None)):
         truth = read_mask(sample.mask) if result["label"] else np.zeros((1, 1), bool)
-        truth = np.asarray(Image.fromarray(truth).resize(result["size"], Image.Resampling.NEAREST))
+        size = [round(side) for side in result["size"]]
+        truth = np.asarray(Image.fromarray(truth).resize(size, Image.Resampling.NEAREST))
         objects = result["prediction"] if isinstance(result["prediction"], list) else []
-        found = predict_mask(sam, open_image(sample.image, sample.where), objects, result["size"])
+        found = predict_mask(sam, open_image(sample.image, sample.where), objects, size)
         result["overlap"] = [float((found & truth).sum()), float((found | truth).sum())]
         result["verdict"] = f"{result['verdict']}, mask {result['overlap'][0] / max(result['overlap'][1], 1):.2f}"

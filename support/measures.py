@@ -1,4 +1,4 @@
-"""What eval.METRICS are computed with: means, areas of boxes taken together, the area under a ROC curve."""
+"""What eval.METRICS are computed with: means, clicks, areas of boxes taken together, the area under a ROC curve."""
 
 import numpy as np
 
@@ -10,6 +10,19 @@ def mean(values) -> float | None:
 def ratio(part: float, whole: float) -> float | None:
     """part / whole, None where there is nothing."""
     return part / whole if whole else None
+
+def clicks(result: dict) -> float | None:
+    """1 if the first predicted object points into a labelled box, else 0; None where no box is labelled."""
+    first, *_ = result["prediction"] or [{}]
+    x1, y1, x2, y2 = first.get("bbox_2d", [np.nan] * 4)
+    x, y = first.get("point_2d", ((x1 + x2) / 2, (y1 + y2) / 2))
+    boxes = [thing["bbox_2d"] for thing in result["label"] if "bbox_2d" in thing]
+    inside = [left <= x <= right and top <= y <= bottom for left, top, right, bottom in boxes]
+    return float(any(inside)) if boxes else None
+
+def suspicion(result: dict) -> float:
+    """1 for an answer that lists a defect and 0 for []; no answer at all is as wrong as can be."""
+    return float(not result["label"] if result["prediction"] is None else bool(result["prediction"]))
 
 def areas(boxes_a: np.ndarray, boxes_b: np.ndarray) -> tuple[float, float]:
     """Areas of intersection and union of two masks, each the union of boxes: (n, 4) and (m, 4), real numbers.

@@ -31,7 +31,7 @@ class Task:
     metrics: tuple = ("accuracy", "gIoU", "cIoU", "N-Acc")           # names in eval.METRICS, the most telling first
     image_size: Frame | None = (840, 840)      # all images squashed to one size; None: smart_resize keeps the shape
     thresholds: dict | None = None       # fields of rewards.Thresholds; None: the paper's
-    recipe: dict = field(default_factory=dict)      # where training settings differ from train.py's defaults
+    recipe: dict = field(default_factory=dict)      # where settings differ from train.py's defaults
 
     def prompt(self, question: str, frame: Frame, think: bool = True) -> str:
         """What the user says about an image. frame: the model's, so that the wording names the right coordinates."""
@@ -83,7 +83,8 @@ MATH = Task(
     columns=("answer", "solution"),
     text_answer=r"\boxed{{{}}}",
     metrics=("accuracy",),
-    image_size=None)
+    image_size=None,                     # letters in a drawing do not like to be squashed
+    recipe={"max_pixels": 1_003_520, "max_completion_length": 1024})
 
 SHAPES = Task(
     name="shapes",                       # built in: needs no files and no network

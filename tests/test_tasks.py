@@ -364,6 +364,14 @@ def test_train_and_evaluate_from_files(tmp_path, capsys, task, layout, think):
     assert set(data.TASKS[task].metrics) <= set(saved["metrics"])
 
 
+def test_a_tasks_recipe_holds_in_evaluation_too():
+    settings = evaluation.parse_command_line(["--task", "math"])
+    assert (settings.max_pixels, settings.max_completion_length) == (1_003_520, 1024)
+    assert evaluation.parse_command_line(["--task", "math", "--max_pixels", "9000"]).max_pixels == 9000
+    assert train.parse_command_line(["--task", "math"]).max_pixels == 1_003_520
+    assert evaluation.parse_command_line(["--task", "gui"]).max_pixels is None
+
+
 def test_a_task_without_data_of_its_own_says_so(capsys):
     for task, split in (("gui", "train"), ("anomaly", "test")):
         with pytest.raises(data.DataError, match=f"task {task} has no {split} data of its own: give .* --data PATH"):
