@@ -132,9 +132,15 @@ def _open(file: Path):
         with pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))) as stream:
             names, batches = stream.schema.names, list(stream)
         return names, [batch.num_rows for batch in batches], lambda group, name: batches[group].column(name)
-    shard = pyarrow.parquet.ParquetFile(file)
-    heights = [shard.metadata.row_group(group).num_rows for group in range(shard.num_row_groups)]
-    return shard.schema_arrow.names, heights, lambda group, name: shard.read_row_group(group, [name]).column(name)
+    with pyarrow.parquet.ParquetFile(file) as shard:
+        names, metadata = shard.schema_arrow.names, shard.metadata
+    heights = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+
+    def read(group, name):               # opened anew: an open file holds on to the group that was read last
+        with pyarrow.parquet.ParquetFile(file, metadata=metadata) as shard:
+            return shard.read_row_group(group, [name]).column(name)
+
+    return names, heights, read
 
 @lru_cache(maxsize=4)
 def _large_column(file: Path, group: int, name: str):
