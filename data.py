@@ -24,7 +24,7 @@ from support.labels import first_of, read_frame, read_label
 from support.masks import keep_mask
 from support.sources import (SPLITS, DataError, Stored, fetch, find_image, from_json, image_size, open_image, read_rows,
                              require)
-from support.tasks import GROUNDING, SHAPES, TASKS, Frame, Task
+from support.tasks import GROUNDING, SHAPES, TASKS, Frame, Task          # some of these for who imports this file
 
 CONVENTION = {"qwen2_vl": "relative", "qwen2_5_vl": "pixels"}     # the coordinates a network was trained to write
 MAX_GAP = 32                      # a rollout with longer white space is degenerate: it must not shape the label
