@@ -59,7 +59,9 @@ def load_sam(path, device="cpu"):
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         require(config.model_type in ("sam2", "sam2_video"), f"its model_type is {config.model_type!r}, not sam2")
-        return Sam2Model.from_pretrained(path, local_files_only=True).to(device).eval()
+        sam, report = Sam2Model.from_pretrained(path, local_files_only=True, output_loading_info=True)
+        require(not report["missing_keys"], f"{len(report['missing_keys'])} tensors are missing")    # or they are random
+        return sam.to(device).eval()
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{path}: not a SAM 2 checkpoint ({str(error)[:150]}); give one with --masks MODEL, such as "
                         "facebook/sam2-hiera-large") from None

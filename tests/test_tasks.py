@@ -350,6 +350,22 @@ def test_the_prompt_asks_in_its_own_words_and_its_example_can_be_read(task):
     assert style.example().startswith("<answer>\n") and rewards.read_answer(style.example(), task)
 
 
+@pytest.mark.parametrize("task", SIX)
+def test_labels_survive_the_real_tokenizer(tmp_path, task):
+    """Text -> tokens -> text -> answer, with Qwen2-VL's own vocabulary; the prompt has its image and its question."""
+    shared = ROOT.parent / "shared" / "data" / "qwen2_vl"
+    if not shared.exists():
+        pytest.skip("../shared/data is not here")
+    processor = data.Processor.from_pretrained(shared)
+    for sample in load(tmp_path, task):
+        example = processor.encode(sample, data.TASKS[task], image_size=(56, 56))
+        text = data.label_text(example.objects)
+        assert processor.decode(processor.label_ids(text)) == text
+        answer, label = rewards.read_answer(text, task), example.objects
+        assert answer == (rewards.boxed(label) if task == "math" else label)
+        assert sample.question in processor.tokenizer.decode(example.ids)
+
+
 def test_a_label_in_words_takes_the_rollouts_style():
     style = data.LabelStyle(data.TASKS["math"])
     style.observe("<think>1 + 1</think>\n<answer> \\boxed{ 2 + x } </answer>")
@@ -483,6 +499,17 @@ def test_masks_are_what_transformers_says_at_each_box_and_point(sam_folder):
     assert 0.02 < expected.mean() < 0.98 and (found == expected).mean() > 0.999
     assert (masks.predict_mask(sam, image, objects[1:], (192, 96)) != expected).mean() > 0.05, "prompts do matter"
     assert not masks.predict_mask(sam, image, objects[2:], (192, 96)).any()
+
+
+def test_half_a_sam_is_refused(sam_folder, tmp_path):
+    """transformers itself fills what is missing with random numbers."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(sam_folder, tmp_path / "half")
+    tensors = load_file(tmp_path / "half" / "model.safetensors")
+    save_file(dict(list(tensors.items())[5:]), tmp_path / "half" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(data.DataError, match="5 tensors are missing"):
+        masks.load_sam(tmp_path / "half")
 
 
 def test_iou_of_masks_is_counted_in_pixels(monkeypatch, tmp_path):
