@@ -60,9 +60,9 @@ def load_sam(path, device="cpu"):
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         require(config.model_type in ("sam2", "sam2_video"), f"its model_type is {config.model_type!r}, not sam2")
         sam, report = Sam2Model.from_pretrained(path, local_files_only=True, output_loading_info=True)
-        require(not report["missing_keys"], f"{len(report['missing_keys'])} tensors are missing")    # or they are random
+        require(not report["missing_keys"], f"{len(report['missing_keys'])} tensors are missing")    # else random
         return sam.to(device).eval()
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:           # a damaged file makes its readers raise nearly anything
         raise DataError(f"{path}: not a SAM 2 checkpoint ({str(error)[:150]}); give one with --masks MODEL, such as "
                         "facebook/sam2-hiera-large") from None
 

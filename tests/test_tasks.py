@@ -510,6 +510,9 @@ def test_half_a_sam_is_refused(sam_folder, tmp_path):
     save_file(dict(list(tensors.items())[5:]), tmp_path / "half" / "model.safetensors", {"format": "pt"})
     with pytest.raises(data.DataError, match="5 tensors are missing"):
         masks.load_sam(tmp_path / "half")
+    (tmp_path / "half" / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(data.DataError, match="not a SAM 2 checkpoint"):
+        masks.load_sam(tmp_path / "half")
 
 
 def test_iou_of_masks_is_counted_in_pixels(monkeypatch, tmp_path):
