@@ -78,6 +78,7 @@ COUNTING = Task(
 MATH = Task(
     name="math",
     data="hiyouga/geometry3k",
+    eval_data="hiyouga/geometry3k",
     instruction="{question}\nLook at the image, and put the final answer into \\boxed{{}}. ",
     example=r"<answer>\boxed{24}</answer>",
     columns=("answer", "solution"),
