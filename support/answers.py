@@ -35,6 +35,7 @@ def same_answer(predicted: str, label: str) -> bool:
     if re.fullmatch(r"\(?[A-Ha-h][).:]?", b):            # a choice: (B), B. or (B) 24, but not Blue
         choice = re.fullmatch(r"\(?([A-Ha-h])(?:[).:].*)?", a, re.DOTALL)
         return choice is not None and choice[1].upper() == b.strip("().:").upper()
+    a = re.sub(r"^\(?[A-H][).:]\s+(?=\S)", "", a)       # (B) 24, where the label is 24
     if ("=" in a) != ("=" in b):                         # x = 5
         a, b = (re.sub(r"^\s*[A-Za-z]\w*\s*=", "", text) for text in (a, b))
     items_a, items_b = items(a), items(b)
