@@ -1,107 +1,50 @@
-"""Data: tasks, samples from files or built in, images, prompts, labels.
+"""Data: samples from files or built in, images, prompts, labels. Tasks are in support/tasks.py.
 
-The way of one sample: Sample (image, question, objects) → Processor.encode → Example (ids, pixels, grid_thw, label).
+The way of one sample: Sample (image, question, label) → Processor.encode → Example (ids, pixels, grid_thw, label).
 
-An object is {"bbox_2d": [x1, y1, x2, y2], "point_2d": [x, y]}; [] says that there is nothing to find. A box is x2 - x1
-wide: its corners lie between pixels. Every set of coordinates has a *frame*, the (width, height) its numbers run to:
-pixels of the original image, pixels of the image sent to the model, 0 to 1000. `move_objects` goes from frame to frame.
+A label is a list of objects {"bbox_2d": [x1, y1, x2, y2], "point_2d": [x, y]}; [] says that there is nothing to find.
+A task that asks for a number or for words has text instead. A box is x2 - x1 wide: its corners lie between pixels.
+Every set of coordinates has a *frame*, the (width, height) its numbers run to: pixels of the original image, pixels of
+the image sent to the model, 0 to 1000. `move_objects` goes from frame to frame.
 """
 
 import json
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass, field
-from importlib.util import find_spec
-from io import BytesIO
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
-from rewards import parse_answer, split_completion
+from rewards import read_answer, split_completion
+from support.labels import first_of, read_frame, read_label
+from support.masks import keep_mask
+from support.sources import (SPLITS, DataError, Stored, fetch, find_image, from_json, image_size, open_image, read_rows,
+                             require)
+from support.tasks import GROUNDING, SHAPES, TASKS, Frame, Task          # some of these for who imports this file
 
-Frame = tuple[int, int]                                           # (width, height)
 CONVENTION = {"qwen2_vl": "relative", "qwen2_5_vl": "pixels"}     # the coordinates a network was trained to write
-SPLITS = ("train", "validation", "test")
-MAX_IMAGE_PIXELS = 89_478_485     # Pillow's limit too: a file of a few kB can claim more than memory holds
 MAX_GAP = 32                      # a rollout with longer white space is degenerate: it must not shape the label
-
-class DataError(ValueError):
-    """A user's mistake, told in one line: where, what, and what to do about it."""
-
-    def __init__(self, message):
-        super().__init__(" ".join(str(message).split()))
-
-def _require(condition, complaint: str):
-    if not condition:
-        raise DataError(complaint)
-
-# ---- Tasks -----------------------------------------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class Task:
-    """A task's defaults, the wording of its prompt, and how its answers are scored."""
-
-    name: str
-    model: str
-    data: str
-    eval_data: str
-    instruction: str                     # may use {question}, and {width} and {height} of the model's frame
-    think_format: str = ""               # follows the instruction; may use {example}
-    answer_format: str = ""              # takes its place where no reasoning is asked for
-    example: str = '<answer>[{"bbox_2d": [120, 85, 480, 571], "point_2d": [310, 352]}]</answer>'
-    image_size: Frame | None = None      # all images squashed to one size; None: smart_resize keeps the aspect ratio
-    thresholds: dict | None = None       # fields of rewards.Thresholds; None: the paper's
-    recipe: dict = field(default_factory=dict)      # where training settings differ from train.py's defaults
-
-    def prompt(self, question: str, frame: Frame, think: bool = True) -> str:
-        """What the user says about an image. frame: the model's, so that the wording names the right coordinates."""
-        text = self.instruction + (self.think_format if think else self.answer_format)
-        return text.format(question=question.strip(), width=frame[0], height=frame[1], example=self.example)
-
-GROUNDING = Task(
-    name="grounding",
-    model="Qwen/Qwen2-VL-2B-Instruct",
-    data="Ricky06662/ViSurf_multi_non_object_7300_size840",
-    eval_data="Ricky06662/grefcoco_val_all",
-    image_size=(840, 840),
-    instruction='Find everything in the image that matches "{question}". For each match give its bounding box '
-                "[x1, y1, x2, y2] and one point [x, y] on it, in whole numbers: x runs from 0 at the left edge to "
-                "{width} at the right, y from 0 at the top to {height} at the bottom. If nothing matches, the list "
-                "is []. ",
-    think_format="First compare the candidates with the description, between <think> and </think>. Then write the "
-                 "list, between <answer> and </answer>. For example: <think>your reasoning</think>{example}",
-    answer_format="Write only the list, between <answer> and </answer>. For example: {example}")
-
-SHAPES = Task(
-    name="shapes",                       # built in: needs no files and no network
-    model=str(Path(__file__).resolve().parent / "assets" / "tiny-qwen2-vl"),
-    data="builtin",
-    eval_data="builtin",
-    image_size=(48, 48),
-    instruction="{question}",            # its network knows some hundred words
-    thresholds={"iou": 0.5, "box_l1": 2 * 840 / 48, "point": 4 * 840 / 48},     # 2 and 4 pixels of 48
-    recipe={"learning_rate": 2e-4, "max_steps": 100, "micro_batch_size": 16, "max_completion_length": 64})
-
-TASKS = {task.name: task for task in (GROUNDING, SHAPES)}
 
 # ---- Samples ---------------------------------------------------------------------------------------------------------
 
 @dataclass
 class Sample:
-    """A question about an image, and the objects that answer it."""
+    """A question about an image, and its label."""
 
     id: str
     question: str
-    image: Image.Image | bytes | Path    # see `open_image`
-    objects: list[dict]                  # in `frame`
+    image: Image.Image | bytes | Path | Stored               # see `open_image`
+    objects: list[dict] | str            # the label: objects in `frame`, or what stands between the answer tags
     frame: Frame | None = None           # None: pixels of the image, after EXIF rotation
     size: Frame | None = None            # of the original, in whose pixels predictions are reported; None: as the image
     solution: str | None = None          # the label's text, where the data set has one
     where: str = ""                      # "file, row 3"
     scene: list[dict] | None = None      # built-in pictures: colour, kind, bbox_2d and point_2d of every shape
+    mask: object = None                  # where the data set has one: see support/masks.py
 
 class Dataset(list):
     """Samples, and the numbers of bad rows skipped and of label objects clipped to their image."""
@@ -111,149 +54,58 @@ class Dataset(list):
 def load_samples(source, task: Task, split="train", limit: int | None = None, skip_bad_rows=False) -> Dataset:
     """Read and check the samples of a source, or the first `limit`; DataError at a bad row unless those are skipped.
 
-    source: "builtin", a .jsonl or .json file (an object per line), a .parquet file, a folder of Parquet shards (those
-        of `split` are read), a hub id, or None for the task's own.
+    source: "builtin", a .jsonl, .json, .parquet or .arrow file, a folder of .parquet or .jsonl files or one that
+        `save_to_disk` wrote, a hub id, or None for the task's own. Images of Parquet and Arrow files stay on disk.
     Columns: image, problem, solution (training: pixels of the stored image; img_width, img_height of the original) or
-        image, text, bbox (test: original pixels; one box, several, or []). Image paths start where the file is.
+        image, text, bbox (test: original pixels; one box, several, or []); Task.columns has the other labels. `frame`
+        says what coordinates run to, such as [1000, 1000]. Image paths start where the file is.
     """
-    _require(limit is None or limit > 0, f"limit is {limit}: use at least one sample")
+    require(limit is None or limit > 0, f"limit is {limit}: use at least one sample")
     source, data = str(source or (task.data if split == "train" else task.eval_data)), Dataset()
+    require(source, f"task {task.name} has no {split} data of its own: give some with --data PATH")
     if source == "builtin":
         from assets.shapes import shapes_sample
         return Dataset(shapes_sample(split, i) for i in range(2000 if split == "train" else 500)[:limit])
-    for file, number, row in _rows(source, split):
+    for file, number, row in read_rows(source, split):
         if len(data) == limit:
             break
         where = f"{file}, row {number}"
         try:
-            sample, clipped = _read_row(row, file, where)
+            sample, clipped = _read_row(row, task, file.parent, where)
             data.append(sample)
             data.clipped += clipped
         except DataError as error:
-            _require(skip_bad_rows, f"{where}: {error}; fix it, or leave such rows out: --skip_bad_rows")
+            require(skip_bad_rows, f"{where}: {error}; fix it, or leave such rows out: --skip_bad_rows")
             data.skipped += 1
-    _require(data, f"{source}: no usable rows ({data.skipped} skipped); give other data with --data PATH")
+    require(data, f"{source}: no usable rows ({data.skipped} skipped); give other data with --data PATH")
     return data
 
-def _rows(source: str, split: str):
-    """Yield (file, row number from 1, row); the row is a dict, or the bytes of one line of a JSON file."""
-    path = fetch(source, "dataset")
-    if path.suffix in (".json", ".jsonl"):
-        lines = enumerate(path.read_bytes().splitlines(), 1)
-        yield from ((path, number, line) for number, line in lines if line.strip())
-        return
-    import pyarrow.parquet
-    # of train-00000-of-00001.parquet and test-…, the split's; a name without any split is read for every split
-    files = [path] if path.is_file() else [file for file in sorted(path.rglob("*.parquet"))
-                                           if split in file.stem or not any(name in file.stem for name in SPLITS)]
-    _require(files, f"{source}: no Parquet file of the {split} split in this folder; name a file with --data PATH")
-    for file in files:
-        try:
-            shard = pyarrow.parquet.ParquetFile(file)
-            columns = [name for name in shard.schema_arrow.names if name != "mask"]      # large, and not used
-            rows = (row for batch in shard.iter_batches(64, columns=columns) for row in batch.to_pylist())
-            yield from ((file, number, row) for number, row in enumerate(rows, 1))
-        except (OSError, pyarrow.ArrowException) as error:
-            raise DataError(f"{file}: not readable as Parquet ({error}); data are .jsonl, .json or .parquet") from None
-
-def fetch(name, kind: str) -> Path:
-    """A local path as it is, or the folder of a hub "model" or "dataset" (owner/name), downloaded on first use."""
-    path, flag = Path(name), {"model": "the checkpoint with --model", "dataset": "the data with --data"}[kind] + " PATH"
-    is_json = path.suffix in (".json", ".jsonl")
-    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)) and not is_json and path.suffix != ".parquet"
-    _require(path.exists() or is_hub_id, f"{name}: no such file or folder; give {flag}")
-    _require(kind == "model" or is_json or find_spec("pyarrow"),         # before a download of gigabytes, not after it
-             f"{name}: reading Parquet needs pyarrow: pip install pyarrow")
-    if path.exists():
-        return path
-    try:
-        from huggingface_hub import snapshot_download
-        return Path(snapshot_download(str(name), repo_type=kind, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.py"]))
-    except Exception as error:           # no network, no such repository, disk full: the remedy is the same
-        raise DataError(f"{name}: no such folder, and the Hugging Face hub did not give it "
-                        f"({type(error).__name__}: {str(error)[:150]}); give {flag}") from None
-
-def _read_row(row: dict | bytes, file: Path, where: str) -> tuple[Sample, int]:
+def _read_row(row: dict | bytes, task: Task, folder: Path, where: str) -> tuple[Sample, int]:
     """One row, checked, as a sample, and how many of its objects were clipped."""
-    row = _from_json(row)
-    _require(isinstance(row, dict), "not a JSON object")
-    training = "problem" in row
-    columns = ("problem", "solution", "image") if training else ("text", "bbox", "image")
-    for name in columns:
-        _require(row.get(name) is not None, f"no {name!r}; a row has image, problem, solution or image, text, bbox")
-    question, label, image = (row[name] for name in columns)
-    _require(isinstance(question, str) and question.strip(), f"the question ({columns[0]!r}) is empty")
+    row = from_json(row)
+    require(isinstance(row, dict), "not a JSON object")
+    (_, cell), (asked, question) = first_of(row, "image", "images"), first_of(row, "problem", "text")
+    require(isinstance(question, str), f"the question ({asked!r}) is not text")
+    question = question.replace("<image>", "").strip()               # EasyR1 marks with it where the image goes
+    require(question, f"the question ({asked!r}) is empty")
+    if row.get("choices"):
+        question += "\nChoices: " + ", ".join(map(str, row["choices"]))
     # <|image_pad|> would become one more image slot
-    _require(not re.search(r"<\|.*?\|>", question), f"the question contains a control token: {question[:80]!r}")
-    if isinstance(image, dict):          # Hugging Face's image struct: bytes, or else a path
-        image = image.get("bytes") or image.get("path")
-    _require(isinstance(image, (bytes, str)), "the image is empty")
-    image = file.parent / image if isinstance(image, str) else image
-    stored, size = image_size(image), (row.get("img_width"), row.get("img_height"))
-    size = size if all(size) else None
-    frame, objects = None if training else size, _from_json(label)
-    _require(isinstance(objects, list), f"the label is not a list: {str(label)[:80]}")
-    if not training:
-        boxes = objects if not objects or isinstance(objects[0], list) else [objects]
-        objects = [{"bbox_2d": box} for box in boxes]
-    clipped = [_clip_object(found, frame or stored) for found in objects]
-    name, solution = str(row.get("id") or row.get("image_id") or where), label if isinstance(label, str) else None
-    sample = Sample(name, question, image, [found for found, _ in clipped], frame, size, solution, where)
-    return sample, sum(cut for _, cut in clipped)
-
-def _clip_object(found: dict, frame: Frame) -> tuple[dict, bool]:
-    """A label object, checked and cut to its frame, and whether there was something to cut."""
-    def numbers(name, count):
-        values = found.get(name) if isinstance(found, dict) else None
-        _require(isinstance(values, list) and [type(value) in (int, float) and abs(value) < 1e9 for value in values]
-                 == [True] * count, f"{name} is not a list of {count} finite numbers: {str(found)[:80]}")
-        return values
-
-    x1, y1, x2, y2 = box = numbers("bbox_2d", 4)
-    _require(x1 < x2 and y1 < y2, f"the box {box} is inside out or empty: it is [x1, y1, x2, y2]")
-    point = [(x1 + x2) / 2, (y1 + y2) / 2] if found.get("point_2d") is None else numbers("point_2d", 2)
-    x1, y1, x2, y2, *_ = inside = np.clip(box + point, 0, frame * 3).tolist()
-    _require(x1 < x2 and y1 < y2, f"the box {box} lies outside its image of {frame[0]} x {frame[1]} pixels")
-    return {"bbox_2d": inside[:4], "point_2d": inside[4:]}, inside != box + point
-
-def _from_json(value):
-    """What JSON text says; anything else as it is."""
-    try:
-        return json.loads(value) if isinstance(value, (str, bytes)) else value
-    except (ValueError, RecursionError) as error:        # bad JSON or UTF-8, a 5,000-digit number, 5,000 brackets
-        raise DataError(f"not JSON ({error}): {value[:80]!r}") from None
+    require(not re.search(r"<\|.*?\|>", question), f"the question contains a control token: {question[:80]!r}")
+    image = cell if isinstance(cell, Stored) else find_image(cell, folder)
+    stored, size = image_size(image), read_frame([row.get("img_width"), row.get("img_height")])
+    frame = read_frame(row.get("frame")) or (None if asked == "problem" else size)
+    label = read_label(row, task, folder, frame, stored)
+    name = str(row.get("id") or row.get("image_id") or where)
+    return Sample(name, question, image, label.objects, label.frame, size, label.text, where,
+                  mask=keep_mask(row.get("mask"), folder)), label.clipped
 
 # ---- Images and geometry ---------------------------------------------------------------------------------------------
-
-def open_image(source, where: str = "image") -> Image.Image:
-    """Decode an image (a path, bytes or a Pillow image) to RGB, upright by its EXIF tag. DataError names `where`."""
-    try:
-        image_size(source)               # refuses what would fill the memory
-        with _open_header(source) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as error:           # damaged files make Pillow raise nearly anything
-        raise DataError(f"{where}: {error}; replace or remove the image") from None
-
-def image_size(source) -> Frame:
-    """(width, height) of an image once upright, from its header alone. DataError for what no model could take."""
-    try:
-        with _open_header(source) as image:
-            turned = "exif" in image.info and image.getexif().get(0x0112) in (5, 6, 7, 8)     # 90 or 270 degrees
-            width, height = image.size[::-1] if turned else image.size
-    except Exception as error:
-        raise DataError(f"unreadable image ({error})") from None
-    _require(width * height <= MAX_IMAGE_PIXELS and max(width, height) <= 200 * min(width, height),
-             f"the image of {width} x {height} pixels is too large or too long")
-    return width, height
-
-def _open_header(source) -> Image.Image:
-    source = BytesIO(source) if isinstance(source, bytes) else source
-    return source if isinstance(source, Image.Image) else Image.open(source)
 
 def smart_resize(width: int, height: int, factor: int, min_pixels: int, max_pixels: int) -> Frame:
     """Multiples of factor, the area within the limits, aspect ratio nearly kept; as transformers' smart_resize."""
     sides = (width, height)
-    _require(max(sides) <= 200 * min(sides), f"one side of {width} x {height} is over 200 times the other")
+    require(max(sides) <= 200 * min(sides), f"one side of {width} x {height} is over 200 times the other")
     near = tuple(round(side / factor) * factor for side in sides)
     if math.prod(near) > max_pixels:
         shrink = math.sqrt(width * height / max_pixels)
@@ -273,8 +125,9 @@ def model_frame(size: Frame, coordinates: str) -> Frame:
     """The frame a network speaks: "pixels" of the image it sees (Qwen2.5-VL) or "relative", 0 to 1000 (Qwen2-VL)."""
     return {"pixels": tuple(size), "relative": (1000, 1000)}[coordinates]
 
-def move_objects(objects: list[dict], src_frame: Frame, dst_frame: Frame, round_to_int: bool = False) -> list[dict]:
+def move_objects(objects: list[dict] | str, src_frame: Frame, dst_frame: Frame, round_to_int: bool = False):
     """New objects with the same boxes and points in another frame; a box that rounds to nothing stays 1 wide or high.
+    An answer in words stays as it is.
 
     >>> move_objects([{"bbox_2d": [84, 42, 420, 840]}], (840, 840), (1000, 500), round_to_int=True)
     [{'bbox_2d': [100, 25, 500, 500]}]
@@ -288,6 +141,8 @@ def move_objects(objects: list[dict], src_frame: Frame, dst_frame: Frame, round_
                 corners[1] = np.maximum(corners[1], corners[0] + 1)
         return corners.ravel().tolist()
 
+    if isinstance(objects, str):
+        return objects
     return [{name: move(found[name]) for name in ("bbox_2d", "point_2d") if name in found} for found in objects]
 
 def patchify(image: Image.Image, patch_size, merge_size, temporal_patch_size, mean, std) -> tuple[np.ndarray, tuple]:
@@ -305,8 +160,8 @@ def patchify(image: Image.Image, patch_size, merge_size, temporal_patch_size, me
 
 # ---- Label text, aligned with the rollouts' style (reward control 1) -------------------------------------------------
 
-# white space, then a token: a tag, a string, a bracket, comma or colon, or a number
-TOKEN = re.compile(r'(\s*)(</?answer>|"(?:[^"\\]|\\.)*"|[][{},:]|[^][{},:"<\s]+|\S)')
+# white space, then a token: a tag, a string, a bracket, comma or colon, or a number, as which \boxed{…} counts
+TOKEN = re.compile(r'(\s*)(</?answer>|\\boxed\{.*\}|"(?:[^"\\]|\\.)*"|[][{},:]|[^][{},:"<\s]+|\S)')
 
 def _walk(answer: str):
     """Yield (context, white space, token) for each token of `<answer>[…]</answer>`.
@@ -335,35 +190,37 @@ def read_style(answer: str) -> dict[str, str]:
 
 DEFAULT_STYLE = read_style('<answer>[{"bbox_2d": [1, 2], "point_2d": [1, 2]}]</answer>')      # json.dumps
 
-def label_text(objects: list[dict], style: dict[str, str] = DEFAULT_STYLE) -> str:
-    """Objects as `<answer>[…]</answer>` in a style; contexts that it lacks get no white space.
+def label_text(objects: list[dict] | str, style: dict[str, str] = DEFAULT_STYLE) -> str:
+    """A label as `<answer>…</answer>` in a style; contexts that it lacks get no white space.
 
     >>> label_text([{"point_2d": [3, 4]}], read_style('<answer> [{"point_2d":[1,2]}]</answer>'))
     '<answer> [{"point_2d":[3,4]}]</answer>'
     """
-    walk = _walk(f"<answer>{json.dumps(objects)}</answer>")
+    walk = _walk(f"<answer>{objects if isinstance(objects, str) else json.dumps(objects)}</answer>")
     return "".join(style.get(context, "") + token for context, _, token in walk)
 
 class LabelStyle:
     """The style the policy prefers: in every context the white space most of its well-formed rollouts use there."""
 
     def __init__(self, task: Task):
-        self.default, self.votes = read_style(task.example), Counter()
+        self.task, self.default, self.votes = task, read_style(task.example), Counter()
 
     def observe(self, completion: str):
         """Count one rollout's style; a rollout without a well-formed answer has none."""
-        if parse_answer(completion) is not None:
+        if read_answer(completion, self.task.name) is not None:
             style = read_style(f"<answer>{split_completion(completion)[1]}</answer>")
             if max(map(len, style.values())) <= MAX_GAP:
                 self.votes.update(style.items())
 
-    def render(self, objects: list[dict]) -> str:
+    def render(self, objects: list[dict] | str) -> str:
         """The label's text in that style, and in the task's where no rollout has shown one."""
         return label_text(objects, self.default | _favourites(self.votes))
 
     def example(self) -> str:
         """What labels look like now, for the log."""
-        return self.render([{"bbox_2d": [1, 2, 3, 4], "point_2d": [2, 3]}])
+        in_words = "bbox" not in self.task.columns
+        return self.render(self.task.text_answer.format(1) if in_words
+                           else [{"bbox_2d": [1, 2, 3, 4], "point_2d": [2, 3]}])
 
     def state_dict(self) -> dict:
         return {json.dumps(vote): count for vote, count in self.votes.items()}
@@ -381,12 +238,12 @@ class Example:
     ids: torch.Tensor             # (P,) int64
     pixels: torch.Tensor          # (h·w, 3·temporal·patch·patch) float32
     grid_thw: torch.Tensor        # (1, 3) int64
-    objects: list[dict]           # the label in the model's frame, whole numbers
+    objects: list[dict] | str     # the label in the model's frame, whole numbers
     frame: Frame                  # the model's: its prompt, answers and label run to this
-    truth: list[dict]             # the label in pixels of the original image, not rounded
+    truth: list[dict] | str       # the label in pixels of the original image, not rounded
     size: Frame                   # of the original image
 
-    def to_original(self, objects: list[dict]) -> list[dict]:
+    def to_original(self, objects: list[dict] | str) -> list[dict] | str:
         """Objects of the model's frame in pixels of the original image."""
         return move_objects(objects, self.frame, self.size)
 
@@ -444,7 +301,7 @@ class Processor:
         image_tokens = math.prod(grid) // self.merge_size ** 2
         ids = self.token_ids(chat(task.prompt(sample.question, frame, think), image_tokens))
         assert (ids == self.image_token_id).sum() == image_tokens, f"{sample.where}: image tokens outside the image"
-        _require(max_prompt_length is None or len(ids) <= max_prompt_length,
+        require(max_prompt_length is None or len(ids) <= max_prompt_length,
                  f"{sample.where}: the prompt has {len(ids)} tokens, {image_tokens} of them the image's, more than "
                  f"--max_prompt_length {max_prompt_length}; raise it, or make images smaller with --max_pixels")
         return Example(sample, ids, torch.from_numpy(pixels), torch.tensor([grid]),

@@ -7,8 +7,7 @@
 samples -> `evaluate` -> results, a dict each, in pixels of the ORIGINAL image -> `metrics`, support/report.py
 """
 
-import argparse
-import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,9 @@ from tqdm import tqdm
 import data
 import model
 import rewards
+from support import flags, masks, page, processes, report
+from support.flags import option
+from support.measures import clicks, compare, mean, measure, ratio, roc_auc, suspicion
 
 def evaluate(network, processor, task: data.Task, samples, *, max_new_tokens=512, batch_size=32, think=True,
              progress=True, **encoding) -> list[dict]:
@@ -40,118 +42,124 @@ def evaluate(network, processor, task: data.Task, samples, *, max_new_tokens=512
 def make_result(processor, task: data.Task, example, completion, think: bool) -> dict:
     """One answer, ready for JSON, in pixels of the original image; only its reward is counted in the model's frame."""
     text, sample = processor.decode(completion.ids), example.sample
-    predicted, thresholds = rewards.parse_answer(text), rewards.Thresholds(**(task.thresholds or {}))
-    return {
+    predicted, thresholds = rewards.read_answer(text, task.name), rewards.Thresholds(**(task.thresholds or {}))
+    result = {
         "id": sample.id, "where": sample.where, "question": sample.question, "completion": text,
         "prediction": None if predicted is None else example.to_original(predicted),     # None: no well-formed answer
         "label": example.truth, "size": list(example.size), "length": len(completion.ids),
         "truncated": not completion.finished, "thinking": rewards.has_thinking(text),
         "reward": rewards.score(text, example.objects, task.name, example.frame, thresholds, think)}
+    return result | {"verdict": verdict(result, task)}
 
-def metrics(results: list[dict]) -> dict:
-    """All metrics by name; None where there is no sample to measure one on.
+def verdict(result: dict, task: data.Task) -> str:
+    """How right an answer is by its task's first metric that says so, in words."""
+    answers = [result["prediction"], result["label"]]
+    if answers[0] is None:
+        return "no answer"
+    values = (METRICS[name]([result | measure(result)]) for name in task.metrics)
+    worth = next((value for value in values if value is not None), None)
+    words = {1: "right", 0: "wrong", None: "nothing to compare"}.get(worth, "partly right")
+    if worth is None:
+        return words
+    if task.text_answer:
+        predicted, label = (len(a) if isinstance(a, list) else rewards.boxed(a) or a for a in answers)
+        return f"{words}: {predicted}" + f", not {label}" * (worth != 1)
+    return words + (f", IoU {compare(result)[1]:.2f}" if answers[1] else ", nothing to find")
 
-    accuracy     one-to-one pairs with IoU > 0.5 / max(#predicted, #labelled), mean over samples whose label is not []
-    gIoU         mean IoU of all predicted boxes, as one mask, with all labelled ones; label []: 1 for [] and else 0
-    cIoU         sum of the intersections / sum of the unions of these masks: large objects weigh more
-    N-Acc        share of the samples with label [] that were answered with []
-    well_formed  share with an answer that can be parsed; any other is wrong above, and an empty mask
+def metrics(results: list[dict], task: data.Task = data.GROUNDING) -> dict:
+    """The task's METRICS and those of every task by name; None where there is no sample to measure one on.
+
+    well_formed  share with an answer that can be parsed; any other is wrong above, an empty mask, a count of 0
     thinking     share that is exactly <think>…</think> <answer>…</answer>; truncated: cut off at the length limit
     length       mean number of tokens, the end token included; reward: mean total
     """
-    mean = lambda values: sum(values) / len(values) if values else None
-    hits, ious, intersections, unions = zip(*map(compare, results)) if results else [()] * 4
+    measured = [result | measure(result) for result in results]
     return {
-        "accuracy": mean([hit for hit, result in zip(hits, results) if result["label"]]),
-        "gIoU": mean(ious),
-        "cIoU": sum(intersections) / sum(unions) if sum(unions) else None,
-        "N-Acc": mean([hit for hit, result in zip(hits, results) if not result["label"]]),
-        "well_formed": mean([result["prediction"] is not None for result in results]),
-        **{name: mean([result[name] for result in results]) for name in ("thinking", "truncated", "length")},
-        "reward": mean([result["reward"]["total"] for result in results]), "samples": len(results)}
+        **{name: METRICS[name](measured) for name in task.metrics},
+        "well_formed": mean(result["prediction"] is not None for result in results),
+        **{name: mean(result[name] for result in results) for name in ("thinking", "truncated", "length")},
+        "reward": mean(result["reward"]["total"] for result in results), "samples": len(results)}
 
-def compare(result: dict) -> tuple[float, float, float, float]:
-    """What accuracy, gIoU and cIoU are made of: (hits / max(#predicted, #labelled), IoU, intersection, union)."""
-    predicted, label, corner = result["prediction"], result["label"], np.tile(result["size"], 2)
-    a, b = (np.array([found.get("bbox_2d", [0] * 4) for found in objects or []], float).reshape(-1, 4)
-            for objects in (predicted, label))       # an object without a box has one without area
-    intersection, union = areas(a.clip(0, corner), b.clip(0, corner))
-    if not predicted or not label:                   # right if both are []; no answer is None
-        return float(predicted == label), float(predicted == label), intersection, union
-    pairs = rewards.match((rewards.iou(a, b) > 0.5).astype(int))
-    return len(pairs) / max(len(a), len(b)), intersection / union, intersection, union
+# A metric is a function of all results, each with what `measure` adds to it.
+METRICS = {
+    # one-to-one pairs with IoU > 0.5 / max(#predicted, #labelled), where the label is not []; in math: equal answers
+    "accuracy": lambda results: mean(result["hits"] for result in results if result["label"]),
+    # mean IoU of all predicted boxes, as one mask, with all labelled ones; label []: 1 for [] and else 0
+    "gIoU": lambda results: mean(result["iou"] for result in results),
+    # sum of the intersections / sum of the unions of these masks: large objects weigh more
+    "cIoU": lambda results: ratio(sum(result["intersection"] for result in results),
+                                  sum(result["union"] for result in results)),
+    # share of the samples with label [] that were answered with []
+    "N-Acc": lambda results: mean(result["hits"] for result in results if not result["label"]),
+    # GUI: the first object's point, or else the centre of its box, lies in a labelled box, edge included
+    "point_in_box": lambda results: mean(clicks(result) for result in results if result["label"]),
+    # anomaly: something was listed where there is something, and nothing where there is nothing
+    "anomaly_acc": lambda results: mean(float(suspicion(result) == bool(result["label"])) for result in results),
+    "ROC-AUC": lambda results: roc_auc(list(map(suspicion, results)), [bool(result["label"]) for result in results]),
+    # counting: share of exact counts, mean absolute error, root of the mean squared error
+    "count_acc": lambda results: mean(float(result["prediction"] is not None and result["error"] == 0)
+                                      for result in results),
+    "MAE": lambda results: mean(abs(result["error"]) for result in results),
+    "RMSE": lambda results: np.sqrt(mean(result["error"] ** 2 for result in results)).item() if results else None}
 
-def areas(boxes_a: np.ndarray, boxes_b: np.ndarray) -> tuple[float, float]:
-    """Areas of intersection and union of two masks, each the union of boxes: (n, 4) and (m, 4), real numbers.
+@dataclass
+class Config:
+    """What to evaluate; every field is a flag."""
 
-    Exact, and cheap for an image of any size: the boxes' own edges cut it into at most (2n + 2m - 1)² cells, each
-    wholly inside or outside of every box (coordinate compression).
+    task: str = option("shapes", "what is asked", tuple(data.TASKS))
+    model: str = option("", "checkpoint directory or hub id (default: the task's)")
+    split: str = option("test", "of the data, where they have splits", data.SPLITS)
+    data: str = option("", "file, folder or hub id (default: the task's evaluation data)")
+    limit: int = option(0, "only the first so many samples, 0 for all")
+    batch_size: int = option(32, "prompts in a batch")
+    max_completion_length: int = option(0, "longest answer in tokens (default: the task's)")
+    think: bool = option(True, "ask for reasoning before the answer")
+    image_size: list = option((), "side, or width and height, to which images are squashed, in pixels", several=int)
+    min_pixels: int = option(0, "keep aspect ratios instead, with at least this many pixels")
+    max_pixels: int = option(0, "keep aspect ratios instead, with at most this many pixels")
+    masks: str = option("", "compare masks, made from the answers by this SAM 2 checkpoint, not boxes")
+    skip_bad_rows: bool = option(False, "leave out rows that cannot be used, and count them")
+    compare: list = option((), "evaluate nothing: show these runs side by side, in report.html too", several=str)
+    output_dir: str = option("", "for answers.json and gallery.png, or report.html (default: runs/eval-TASK-MODEL)")
 
-    >>> areas(np.array([[0, 0, 2, 2]]), np.array([[1, 1, 3, 3], [1, 1, 3, 3]]))
-    (1.0, 7.0)
-    """
-    x1, y1, x2, y2 = np.concatenate([boxes_a, boxes_b]).T[:, :, None]        # (n + m, 1) each
-    xs, ys = np.unique([x1, x2]), np.unique([y1, y2])
-    inside_x, inside_y = (x1 <= xs[:-1]) & (xs[1:] <= x2), (y1 <= ys[:-1]) & (ys[1:] <= y2)
-    inside = inside_y[:, :, None] & inside_x[:, None]                        # (n + m, rows, columns) True = cell in box
-    a, b = inside[:len(boxes_a)].any(axis=0), inside[len(boxes_a):].any(axis=0)
-    cells = np.outer(np.diff(ys), np.diff(xs))
-    return float(cells[a & b].sum()), float(cells[a | b].sum())
-
-def parse_command_line(argv=None) -> argparse.Namespace:
+def parse_command_line(argv=None) -> Config:
     """The flags; a mistake in them is one line on stderr and exit code 2."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.error = lambda message: parser.exit(2, f"eval.py: {message}\n")
-    flag = parser.add_argument
-    flag("--task", default="shapes", choices=tuple(data.TASKS), help="what is asked (default: shapes)")
-    flag("--model", help="checkpoint directory or hub id (default: the task's)")
-    flag("--data", help="file, folder or hub id (default: the task's evaluation data)")
-    flag("--split", default="test", choices=data.SPLITS, help="of the data, where they have splits (default: test)")
-    flag("--limit", type=int, help="only the first so many samples")
-    flag("--batch_size", type=int, default=32, help="prompts in a batch (default: 32)")
-    flag("--max_completion_length", type=int, help="longest answer in tokens (default: the task's)")
-    flag("--think", action=argparse.BooleanOptionalAction, default=True, help="ask for reasoning before the answer")
-    flag("--image_size", type=int, nargs="+", help="side, or width and height, to which images are squashed, in pixels")
-    flag("--min_pixels", type=int, help="keep aspect ratios instead, with at least this many pixels")
-    flag("--max_pixels", type=int, help="keep aspect ratios instead, with at most this many pixels")
-    flag("--skip_bad_rows", action="store_true", help="leave out rows that cannot be used, and count them")
-    flag("--compare", nargs="+", metavar="RUN", help="evaluate nothing: show runs side by side, in report.html too")
-    flag("--output_dir", help="for answers.json and gallery.png, or report.html (default: runs/eval-TASK-MODEL)")
-    config = parser.parse_args(argv)
+    config, _ = flags.parse(Config, "eval.py", __doc__.split("\n")[0], argv=argv)
     if config.compare:
         return config
-    for name, value in vars(config).items():
-        if type(value) in (int, list) and (np.min(value) < 1 or np.size(value) > 2):
-            parser.error(f"--{name} must be at least 1 (and at most two numbers), not {value}")
     task = data.TASKS[config.task]
-    config.image_size = config.image_size and (config.image_size * 2)[:2]              # one number is both sides
     config.model, config.data = config.model or task.model, config.data or task.eval_data
+    config.max_pixels = config.max_pixels or task.recipe.get("max_pixels", 0)
     config.max_completion_length = config.max_completion_length or task.recipe.get("max_completion_length", 512)
     config.output_dir = config.output_dir or "-".join(["runs/eval", config.task, *Path(config.model).parts[-2:]])
     return config
 
-def main(argv=None):
-    from support import page, report  # not above: they import this file
+def run(config: Config):
+    """Answer, measure, and write and show the results; every rank has a share of the samples."""
+    task, directory, device = data.TASKS[config.task], Path(config.output_dir), processes.start()
+    encoding = flags.encoding(config)
+    samples = data.load_samples(config.data, task, config.split, config.limit or None, config.skip_bad_rows)
+    checkpoint = data.fetch(config.model, "model")
+    processor = data.Processor.from_pretrained(checkpoint)
+    processor.encode(samples[0], task, **encoding)             # what cannot work fails before the weights are read
+    if config.masks:
+        masks.check_masks(samples)
+        sam = masks.load_sam(data.fetch(config.masks, "masks"), device)
+    directory.mkdir(parents=True, exist_ok=True)
+    network = model.load_pretrained(checkpoint, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
+    share = processes.share(samples)
+    results = evaluate(network, processor, task, share, max_new_tokens=config.max_completion_length,
+                       batch_size=config.batch_size, progress=processes.is_first(), **encoding)
+    if config.masks:
+        masks.add_overlaps(results, share, sam)
+    results = processes.interleaved(results)                   # in the order of the samples
+    if processes.is_first():
+        report.end_of_evaluation(directory, asdict(config), metrics(results, task), results, samples)
 
+def main(argv=None):
     config = parse_command_line(argv)
-    try:
-        if config.compare:
-            return page.compare_runs(config.compare, config.output_dir)
-        task, directory = data.TASKS[config.task], Path(config.output_dir)
-        encoding = {name: getattr(config, name) for name in ("think", "image_size", "min_pixels", "max_pixels")}
-        samples = data.load_samples(config.data, task, config.split, config.limit, config.skip_bad_rows)
-        checkpoint = data.fetch(config.model, "model")
-        processor = data.Processor.from_pretrained(checkpoint)
-        processor.encode(samples[0], task, **encoding)         # what cannot work fails before the weights are read
-        directory.mkdir(parents=True, exist_ok=True)
-        device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-        network = model.load_pretrained(checkpoint, dtype, device)
-        results = evaluate(network, processor, task, samples, max_new_tokens=config.max_completion_length,
-                           batch_size=config.batch_size, **encoding)
-    except (data.DataError, model.CheckpointError, OSError) as error:
-        print(f"eval.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    report.end_of_evaluation(directory, vars(config), metrics(results), results, samples)
+    with processes.one_report("eval.py", (data.DataError, model.CheckpointError, OSError)):
+        page.compare_runs(config.compare, config.output_dir) if config.compare else run(config)
 
 if __name__ == "__main__":
     main()

@@ -4,8 +4,8 @@ A completion should read
 
     <think> reasoning </think> <answer>[{"bbox_2d": [x1, y1, x2, y2], "point_2d": [x, y]}, ...]</answer>
 
-with `[]` for nothing found. Its reward is the sum of four components, at most 7, as in the VisionReasoner line of the
-ViSurf authors (arXiv 2510.10606):
+with `[]` for nothing found; tasks that ask for a number or for words want 24 or \\boxed{x + 1} between the tags. Its
+reward is the sum of four components, at most 7, as in the VisionReasoner line of ViSurf's authors (arXiv 2510.10606):
 
     thinking    0 or 1   the completion has exactly the shape above, and there are words in the thinking
     format      0 to 2   share of the listed objects with a readable box + share with a readable point
@@ -42,11 +42,12 @@ class Thresholds:
 
 # ---- The reward ------------------------------------------------------------------------------------------------------
 
-def score(completion: str, label: list[dict], task: str = "grounding", frame=(FRAME, FRAME),
+def score(completion: str, label: list[dict] | str, task: str = "grounding", frame=(FRAME, FRAME),
           thresholds: Thresholds = Thresholds(), think: bool = True) -> dict[str, float]:
-    """Score one completion against its label: the components of RANGES by name, and their sum as "total".
+    """Score one completion against its label: its components by name, those of RANGES at most, and their sum, "total".
 
     label: objects {"bbox_2d": [x1, y1, x2, y2], "point_2d": [x, y]}, [] for nothing to find. No point: the box centre.
+        In counting also the number of objects, as text; in math the answer, as text.
     frame: (width, height) of the coordinates in both, such as the pixels of the image the model sees, or (1000, 1000).
     think: False leaves out the components in THINKING.
     Raises ValueError for an unknown task or a frame without area; never for what a completion holds.
@@ -60,18 +61,39 @@ def score(completion: str, label: list[dict], task: str = "grounding", frame=(FR
     if min(frame) <= 0:
         raise ValueError(f"frame must be a positive (width, height), got {frame}")
     readable = len(completion) <= MAX_TEXT
-    components = REWARDS[task](completion if readable else "", label, frame, thresholds)
+    text, (read, reward) = completion if readable else "", REWARDS[task]
+    components = reward(text, read(text), label, frame, thresholds)
     components = {name: value * readable for name, value in components.items() if think or name not in THINKING}
     return {**components, "total": sum(components.values())}
 
-def box_reward(completion: str, label: list[dict], frame, thresholds: Thresholds) -> dict[str, float]:
+def box_reward(completion: str, predicted, label: list[dict], frame, thresholds: Thresholds) -> dict[str, float]:
     """The four components for tasks that are answered with boxes and points."""
-    predicted = parse_answer(completion)
     return {"thinking": float(has_thinking(completion)), "format": answer_format(predicted, label),
             "accuracy": accuracy(predicted, label, frame, thresholds), "non_repeat": non_repeat(completion)}
 
-# Task -> function(completion, label, frame, thresholds) -> components. "shapes" is the built-in task.
-REWARDS = {"grounding": box_reward, "shapes": box_reward}
+def count_reward(completion: str, predicted, label, frame, thresholds: Thresholds) -> dict[str, float]:
+    """The same, where the answer or the label may be just a number of objects.
+
+    The right number earns accuracy 3 if that is all the label says, but 1 where the label shows the objects.
+    """
+    if predicted is None or isinstance(predicted, list) and isinstance(label, list):
+        return box_reward(completion, predicted, label, frame, thresholds)
+    shown = answer_format(predicted, [{}] * count(label)) if isinstance(predicted, list) else 2.0
+    right = float(count(predicted) == count(label))
+    return {"thinking": float(has_thinking(completion)), "format": shown,
+            "accuracy": right if isinstance(label, list) else 3 * right, "non_repeat": non_repeat(completion)}
+
+def math_reward(completion: str, predicted: str | None, label: str, frame, thresholds) -> dict[str, float]:
+    """thinking 0 or 1, format 0 or 1 for an answer in \\boxed{}, accuracy 0 or 1 for an answer equal to the label."""
+    from support.answers import same_answer              # here: who copies this file for boxes needs no other
+
+    right = predicted is not None and same_answer(predicted, boxed(label) or label)
+    return {"thinking": float(has_thinking(completion)), "format": float(predicted is not None),
+            "accuracy": float(right)}
+
+def count(answer: list[dict] | str) -> int:
+    """How many objects a list shows, or a number says."""
+    return len(answer) if isinstance(answer, list) else int(answer)
 
 # ---- Its components --------------------------------------------------------------------------------------------------
 
@@ -86,9 +108,12 @@ def answer_format(predicted: list[dict] | None, label: list[dict]) -> float:
     """Mean over the listed objects of [has a readable box] + [has a readable point], from 0 to 2.
 
     A correct `[]` earns 2, or it would pay less than a hallucination; a wrong one 0, or it would pay as much as a try.
+    Where the label has only points, a readable point earns 2.
     """
     if not predicted:
         return 2.0 if predicted == [] and not label else 0.0
+    if label and all("point_2d" in thing and "bbox_2d" not in thing for thing in label):
+        return 2 * sum("point_2d" in found for found in predicted) / len(predicted)
     return sum(len(found) for found in predicted) / len(predicted)   # the parser keeps readable fields only
 
 def accuracy(predicted: list[dict] | None, label: list[dict], frame, thresholds: Thresholds) -> float:
@@ -105,13 +130,15 @@ def pair_gain(predicted: list[dict], label: list[dict], frame, thresholds: Thres
     """What predicted object i and labelled object j earn as a pair: (n, m) integers from 0 to 3.
 
     1 for the IoU, 1 for the L1 distance of the boxes, 1 for the distance of the points if the predicted one lies in its
-    own predicted box, edge included. A box that is missing, inside out or without area earns none of them.
+    own predicted box, edge included. A box that is missing, inside out or without area earns none of them. Where the
+    label has only a point, its distance earns all 3.
     """
     stretch = np.array([FRAME / frame[0], FRAME / frame[1]] * 2)   # to the frame the thresholds are stated for
     missing = [np.nan] * 4                                         # comparisons with NaN are False: it earns nothing
     boxes = np.array([found.get("bbox_2d", missing) for found in predicted]) * stretch                # (n, 4)
     points = np.array([found.get("point_2d", missing[:2]) for found in predicted]) * stretch[:2]      # (n, 2)
-    true_boxes = np.array([thing["bbox_2d"] for thing in label]) * stretch                            # (m, 4)
+    only_point = np.array(["bbox_2d" not in thing and "point_2d" in thing for thing in label])        # (m,)
+    true_boxes = np.array([missing if alone else thing["bbox_2d"] for alone, thing in zip(only_point, label)]) * stretch
     true_points = np.array([thing.get("point_2d") or np.reshape(thing["bbox_2d"], (2, 2)).mean(axis=0)
                             for thing in label]) * stretch[:2]                                        # (m, 2)
     low, high = boxes[:, :2], boxes[:, 2:]
@@ -119,9 +146,10 @@ def pair_gain(predicted: list[dict], label: list[dict], frame, thresholds: Thres
     has_point = is_box & ((low <= points) & (points <= high)).all(axis=1)
     l1 = sum(abs(boxes[:, None, i] - true_boxes[:, i]) for i in range(4)) / 4                         # (n, m)
     distance = np.hypot(*(points[:, None, i] - true_points[:, i] for i in range(2)))                  # (n, m)
-    return ((iou(boxes, true_boxes) > thresholds.iou).astype(int)
-            + (is_box[:, None] & (l1 < thresholds.box_l1))
-            + (has_point[:, None] & (distance < thresholds.point)))
+    near = distance < thresholds.point                                                                # (n, m)
+    gain = ((iou(boxes, true_boxes) > thresholds.iou).astype(int) + (is_box[:, None] & (l1 < thresholds.box_l1))
+            + (has_point[:, None] & near))
+    return np.where(only_point, 3 * near, gain)
 
 def non_repeat(completion: str) -> float:
     """1, or 0 when at least two sentences of the prose were already said before; case and white space do not count.
@@ -212,6 +240,30 @@ def parse_answer(completion: str) -> list[dict] | None:
     fields = {"bbox_2d": 4, "point_2d": 2}.items()
     return [{name: found[name] for name, count in fields if are_numbers(found.get(name), count)} for found in objects]
 
+def parse_count(completion: str) -> list[dict] | str | None:
+    """The objects of an answer, or the number it consists of, as text without leading zeros; None for no answer."""
+    objects, text = parse_answer(completion), split_completion(completion)[1] or ""
+    return str(int(text)) if objects is None and re.fullmatch(r"\s*[0-9]{1,4}\s*", text) else objects
+
+def parse_boxed(completion: str) -> str | None:
+    """What the last \\boxed{…} of an answer holds, or None."""
+    answer = split_completion(completion)[1]
+    return boxed(answer) if answer is not None and len(answer) <= MAX_ANSWER else None
+
+def boxed(text: str) -> str | None:
+    """What the last \\boxed{…} of a text holds, braces within it paired; None where there is none, or nothing in it."""
+    _, found, rest = text.rpartition("\\boxed{")
+    depth = 1
+    for end in range(len(rest) if found else 0):
+        depth += (rest[end] == "{") - (rest[end] == "}")
+        if depth == 0:
+            return rest[:end].strip() or None
+    return None
+
+def read_answer(completion: str, task: str) -> list[dict] | str | None:
+    """A completion's answer, as its task reads it: objects, or text; None for no well-formed answer."""
+    return REWARDS[task][0](completion)
+
 def split_completion(completion: str) -> tuple[str, str | None]:
     """A completion's prose (thinking and all else, in no special order) and the text of its answer, or None."""
     outside, *pieces = completion.split("<think>")
@@ -236,3 +288,9 @@ def _number(text: str) -> float:
     return value
 
 _DECODER = json.JSONDecoder(parse_int=_number, parse_float=_number, parse_constant=_number)
+
+# How a task's answers are read and scored: task -> (reader(completion), reward(completion, what was read, label, frame,
+# thresholds) -> components). "shapes" is the built-in task.
+BOXES = (parse_answer, box_reward)
+REWARDS = {"grounding": BOXES, "gui": BOXES, "anomaly": BOXES, "medical": BOXES, "shapes": BOXES,
+           "counting": (parse_count, count_reward), "math": (parse_boxed, math_reward)}

@@ -42,6 +42,7 @@ class Config:
     model: str = option("", "checkpoint directory or hub id (default: the task's)")
     data: str = option("", "training data: file, folder or hub id (default: the task's)")
     eval_data: str = option("", "held-out data, evaluated before and after (default: the task's, if it is built in)")
+    eval_steps: int = option(0, "evaluate every so many steps too, 0 for only before and after")
     eval_samples: int = option(200, "how many held-out samples to evaluate, 0 for none", zero=True)
     output_dir: str = option("", "where checkpoints and logs go (default: runs/TASK-METHOD)")
     resume: bool = option(False, "continue the run in output_dir from its last checkpoint")
@@ -69,11 +70,11 @@ class Config:
     drop_thinking_reward: bool = option(True, "control 2: no reward for thinking to the label")
     smooth_label_reward: bool = option(True, "control 3: the label earns the rollouts' mean once one is as good")
     think: bool = option(True, "ask for reasoning before the answer")
-    image_size: int = option(0, "side to which images are squashed, in pixels (default: the task's)")
+    image_size: list = option((), "side, or width and height, to which images are squashed, in pixels", several=int)
     min_pixels: int = option(0, "keep aspect ratios instead, with at least this many pixels")
     max_pixels: int = option(0, "keep aspect ratios instead, with at most this many pixels")
     skip_bad_rows: bool = option(False, "leave out rows that cannot be used, and count them")
-    checkpoint_activations: bool = option(False, "recompute activations in the backward pass: less memory, slower")
+    checkpoint_activations: bool = option(True, "recompute activations in the backward pass: less memory, slower")
     dtype: str = option("", "of the computation; weights and optimizer are float32 (default: bfloat16 on GPUs)",
                         ("float32", "bfloat16"))
     cpu_offload: bool = option(False, "keep weights and optimizer in the machine's memory, not the GPU's: much slower")
@@ -148,7 +149,7 @@ def sample_rollouts(run: Run, examples) -> list[list[model.Completion]]:
     config = run.config
     if config.method == "sft":
         return [[] for _ in examples]
-    places = range(run.prompts_seen + dist.get_rank(), run.prompts_seen + config.batch_size, dist.get_world_size())
+    places = processes.share(range(run.prompts_seen, run.prompts_seen + config.batch_size))
     seeds = [mix_seeds(config.seed, place) for place in places]
     with gathered(run.network) as network:
         return model.generate(network, examples, config.num_generations, config.max_completion_length,
@@ -314,6 +315,7 @@ def gathered(network: model.QwenVL):
             unit.reshard()
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """--dtype, or what suits the device."""
     return getattr(torch, config.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
 
 # ---- The loop --------------------------------------------------------------------------------------------------------
@@ -321,14 +323,14 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
 def train(config: Config):
     """A whole run: check what the user gave, load, evaluate, train, save, evaluate again."""
     device, task = processes.start(), data.TASKS[config.task]
-    checkpoint = data.fetch(config.model or task.model, "model")
-    empty = model.empty_network(model.read_config(checkpoint))
-    processor = data.Processor.from_pretrained(checkpoint)
     samples = data.load_samples(config.data, task, "train", skip_bad_rows=config.skip_bad_rows)
     held_out = []
     if config.eval_samples and (config.eval_data or task.eval_data == "builtin"):
         held_out = data.load_samples(config.eval_data, task, "test", config.eval_samples, config.skip_bad_rows)
-    encode = partial(processor.encode, task=task, max_prompt_length=config.max_prompt_length, **encoding(config))
+    checkpoint = data.fetch(config.model or task.model, "model")
+    empty = model.empty_network(model.read_config(checkpoint))
+    processor = data.Processor.from_pretrained(checkpoint)
+    encode = partial(processor.encode, task=task, max_prompt_length=config.max_prompt_length, **flags.encoding(config))
     spare = encode(samples[0])  # image settings or a prompt that cannot work: before the weights are read
     size = sum(parameter.numel() for parameter in empty.parameters())
     processes.check_memory(size, compute_dtype(config, device), device, config.cpu_offload)
@@ -346,7 +348,7 @@ def train(config: Config):
     if not (run.step and (directory / "before.json").exists()):  # a resumed run knows what it started from
         run_evaluation(run, held_out, directory / "before.json")
     with run.stop:
-        loop(run, samples, encode, directory, checkpoint)
+        loop(run, samples, held_out, encode, directory, checkpoint)
         final = checkpoints.save(run, gathered(run.network), directory, checkpoint)
     run_evaluation(run, held_out, directory / "after.json", directory / "gallery.png")
     if processes.is_first():
@@ -364,7 +366,7 @@ def make_run(config: Config, task, processor, checkpoint, spare, device) -> Run:
                                   fused=True)
     return Run(config, task, processor, network, reference, optimizer, device, data.LabelStyle(task), spare)
 
-def loop(run: Run, samples, encode, directory: Path, source):
+def loop(run: Run, samples, held_out, encode, directory: Path, source):
     """Steps until max_steps, with a line, records and now and then a checkpoint for each."""
     config, first = run.config, processes.is_first()
     logs = {name: checkpoints.open_log(directory / f"{name}.jsonl", run.step) for name in checkpoints.LOGS if first}
@@ -385,6 +387,8 @@ def loop(run: Run, samples, encode, directory: Path, source):
                 tqdm.write(report.show_group(records[0], config.method))
                 for record in records:
                     log("completions", record)
+        if config.eval_steps and run.step % config.eval_steps == 0:
+            run_evaluation(run, held_out, directory / f"eval-{run.step}.json")
         if run.step % config.save_steps == 0:
             checkpoints.save(run, gathered(run.network), directory, source)
 
@@ -397,7 +401,7 @@ def next_examples(run: Run, samples, encode) -> list[data.Example]:
                              f"step {run.step}: lower --learning_rate, or compute in --dtype float32")
     order = data_order(len(samples), run.prompts_seen, config.batch_size, config.seed)
     try:
-        examples = [encode(samples[i]) for i in order[dist.get_rank() :: dist.get_world_size()]]
+        examples = [encode(samples[i]) for i in processes.share(order)]
     except data.DataError as problem:  # an image that cannot be decoded
         error = problem
     for problem in processes.everyone(error):
@@ -415,25 +419,19 @@ def mix_seeds(*numbers: int) -> int:
     """One seed from several numbers. Shifted together they would not do: torch's CPU generator keeps 32 bits."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
-def encoding(config: Config) -> dict:
-    """The flags about prompts and image sizes, as data.Processor.encode takes them; what was not given is None."""
-    side = config.image_size
-    return {"think": config.think, "image_size": (side, side) if side else None,
-            "min_pixels": config.min_pixels or None, "max_pixels": config.max_pixels or None}
-
 # ---- What is shown ---------------------------------------------------------------------------------------------------
 
 def run_evaluation(run: Run, samples, answers: Path, gallery: Path | None = None):
     """Held-out metrics and every answer go to a file, and some answers into a picture; nothing without samples."""
     if not samples:
         return
-    share = [samples[i] for i in range(dist.get_rank(), len(samples), dist.get_world_size())]
     with gathered(run.network) as network:
-        results = evaluate.evaluate(network, run.processor, run.task, share, progress=processes.is_first(),
-                                    max_new_tokens=run.config.max_completion_length, **encoding(run.config))
+        results = evaluate.evaluate(network, run.processor, run.task, processes.share(samples),
+                                    max_new_tokens=run.config.max_completion_length, progress=processes.is_first(),
+                                    **flags.encoding(run.config))
     results = processes.interleaved(results)  # in the order of the samples
     if processes.is_first():
-        content = {"metrics": evaluate.metrics(results), "answers": results}
+        content = {"metrics": evaluate.metrics(results, run.task), "answers": results}
         checkpoints.write_text(answers, json.dumps(content, indent=1))
         if gallery:
             report.gallery(results, samples, gallery)

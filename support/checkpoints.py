@@ -19,7 +19,6 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 
@@ -29,7 +28,7 @@ from support.processes import everyone, on_first_rank
 
 LOGS = ("metrics", "timing", "completions")
 RUN_FILES = ("config.json", *(f"{name}.jsonl" for name in LOGS), "before.json", "after.json", "gallery.png",
-             "report.html", "checkpoint-[0-9]*", "unfinished")
+             "report.html", "eval-[0-9]*.json", "checkpoint-[0-9]*", "unfinished")
 BYTES_PER_PARAMETER = 2 + 4 + 8  # bfloat16 weight, float32 weight, AdamW's two moments
 STATE = "training_state"
 
@@ -46,9 +45,9 @@ def check_output(config, parameters: int) -> Path:
     if old.exists() and config.resume:
         before = json.loads(old.read_text())
         for name in ("task", "method", "model", "data", "seed"):
-            if before.get(name, getattr(config, name)) != getattr(config, name):
-                raise data.DataError(f"{directory} holds a run with --{name} {before[name] if before[name] != '' else 'not given'}: --resume "
-                                     "continues it with the same, another --output_dir starts a new one")
+            if before[name] != getattr(config, name):
+                raise data.DataError(f"{directory} holds a run with --{name} {before[name]!r}: --resume continues it "
+                                     "with the same, another --output_dir starts a new one")
     whole_path = directory.absolute()
     check_space(next(path for path in (whole_path, *whole_path.parents) if path.exists()), parameters)
     try:
@@ -94,6 +93,7 @@ def complete(directory: Path) -> list[Path]:
     return sorted(directory.glob("checkpoint-[0-9]*"), key=lambda path: int(path.name.split("-")[1]))
 
 def last_checkpoint(directory: Path) -> Path | None:
+    """The newest complete checkpoint of a run."""
     return max(complete(directory), key=lambda path: int(path.name.split("-")[1]), default=None)
 
 def save(run, whole, directory: Path, source) -> Path:

@@ -34,4 +34,12 @@ def parse(config, program: str, description: str, recipe=lambda given: {}, argv=
             zero = f.metadata["zero"]
             if type(number) in (int, float) and not (0 < number < math.inf or number == 0 and zero):
                 parser.error(f"--{f.name} must be a number {'from' if zero else 'greater than'} 0, not {number}")
+        if f.metadata["several"] is int and len(value) > 2:
+            parser.error(f"--{f.name} is one number or two, not {len(value)}")
     return settings, parser.error
+
+def encoding(settings) -> dict:
+    """The flags about prompts and image sizes, as data.Processor.encode takes them; what was not given is None."""
+    sides = (*settings.image_size, *settings.image_size)[:2]  # one number is both
+    return {"think": settings.think, "image_size": sides or None, "min_pixels": settings.min_pixels or None,
+            "max_pixels": settings.max_pixels or None}

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from data import DataError
+from support.sources import DataError
 
 # The store's key under which the first process to fail leaves "rank exit_code"; torchrun may start all of them anew.
 FAILED = f"visurf/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
@@ -58,8 +58,8 @@ def check_memory(parameters: int, dtype: torch.dtype, device: torch.device, offl
         needed = (whole + split) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         have, remedy = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "use a machine with more"
     if needed > have:
-        raise DataError(f"{parameters / 1e9:.1f} billion parameters need {needed / 1e9:.0f} GB before any activation, and "
-                        f"there are {have / 1e9:.0f} GB: {remedy}, or a smaller --model")
+        raise DataError(f"{parameters / 1e9:.1f} billion parameters need {needed / 1e9:.0f} GB before any activation, "
+                        f"and there are {have / 1e9:.0f} GB: {remedy}, or a smaller --model")
 
 def is_first() -> bool:
     """Whether this is rank 0, which prints and writes for all."""
@@ -71,9 +71,12 @@ def everyone(value) -> list:
     dist.all_gather_object(values, value)
     return values
 
+def share(items) -> list:
+    """This rank's part of what all ranks have: rank r of W takes the places r, r + W, r + 2 W, …"""
+    return [items[i] for i in range(dist.get_rank(), len(items), dist.get_world_size())]
+
 def interleaved(items: list) -> list:
-    """The lists of all ranks as one, on every rank: everybody's first item, everybody's second, … This is the batch's
-    order where rank r of W holds its places r, r + W, r + 2 W, …"""
+    """The shares of all ranks as one list again, on every rank: everybody's first item, everybody's second, …"""
     missing = object()
     rounds = zip_longest(*everyone(items), fillvalue=missing)
     return [item for items in rounds for item in items if item is not missing]

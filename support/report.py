@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 import data
 import rewards
 import visurf
-from eval import compare
+from support.measures import compare
 
 # ---- The log and the console -----------------------------------------------------------------------------------------
 

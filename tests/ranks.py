@@ -211,6 +211,11 @@ def main_killed(where: str, nth: int, *flags):
     main(*flags)
 
 
+def evaluate(*flags):
+    """eval.py as torchrun starts it."""
+    train.evaluate.main([*map(str, flags)])
+
+
 # ---- Memory ----------------------------------------------------------------------------------------------------------
 
 

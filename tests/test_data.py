@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import data
 from assets.shapes import COLOURS, shapes_sample
 from data import GROUNDING, SHAPES, DataError, LabelStyle, Processor, label_text, load_samples, move_objects
 from rewards import parse_answer
+from support import sources
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 TWO = [{"bbox_2d": [10, 20, 30, 40], "point_2d": [15, 25]}, {"bbox_2d": [5, 6, 700, 800], "point_2d": [7, 8]}]
@@ -130,10 +132,59 @@ def test_open_image_gives_rgb_and_refuses_what_it_cannot_hold(tmp_path, monkeypa
         data.open_image(tmp_path / "cut.png", "file, row 3")
     with pytest.raises(DataError, match="^x: unreadable image"):
         data.open_image(b"not an image", "x")
-    monkeypatch.setattr(data, "MAX_IMAGE_PIXELS", 59_999)
+    monkeypatch.setattr(sources, "MAX_IMAGE_PIXELS", 59_999)
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded an image that is too large"))
     with pytest.raises(DataError, match="300 x 200 pixels is too large"):
         data.open_image(tmp_path / "a.png", "x")
+
+
+def test_odd_images_look_as_a_viewer_shows_them(tmp_path):
+    """Transparent parts are white, 16 bits keep their shades, CMYK its colours, an animation is its first picture."""
+    def seen(image, name, **options):
+        image.save(tmp_path / name, **options)
+        for source in (tmp_path / name, (tmp_path / name).read_bytes()):
+            assert data.image_size(source) == image.size
+        opened = np.asarray(data.open_image(tmp_path / name))
+        assert np.array_equal(opened, np.asarray(data.open_image((tmp_path / name).read_bytes())))
+        return opened
+
+    ramp = np.linspace(0, 65535, 300).astype(np.uint16).reshape(10, 30)
+    shades = seen(Image.fromarray(ramp), "deep.png")
+    assert np.abs(shades[:, :, 0] - ramp / 257.0).max() < 2 and shades.std() > 60
+    for mode, name in (("RGBA", "a.png"), ("LA", "b.png")):
+        image = Image.new(mode, (20, 10), "black")
+        image.putalpha(Image.new("L", (20, 10), 0))
+        image.paste(Image.new(mode, (5, 5), "black"), (0, 0))
+        pixels = seen(image, name)
+        assert (pixels[:5, :5] == 0).all() and (pixels[5:, 5:] == 255).all()
+    palette = Image.new("P", (20, 10), 1)
+    palette.putpalette([0, 0, 0, 200, 30, 40])
+    assert (seen(palette, "p.gif") == [200, 30, 40]).all()
+    assert (seen(palette, "t.png", transparency=1) == 255).all()
+    red = seen(Image.new("RGB", (20, 10), (200, 30, 40)).convert("CMYK"), "c.jpg", quality=95)
+    assert np.abs(red.astype(int) - [200, 30, 40]).max() < 8
+    frames = [Image.new("RGB", (20, 10), colour) for colour in ("red", "blue")]
+    assert (seen(frames[0], "m.gif", save_all=True, append_images=frames[1:]) == [255, 0, 0]).all()
+
+
+def test_images_that_no_model_could_take_are_refused_by_name(tmp_path):
+    Image.new("RGB", (1, 5000)).save(tmp_path / "thin.png")
+    Image.new("F", (20, 10)).save(tmp_path / "float.tiff")
+    Image.new("RGB", (300, 200)).save(tmp_path / "whole.jpg")
+    whole = (tmp_path / "whole.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(whole[:len(whole) // 2])
+    png = bytearray(png_bytes(Image.new("RGB", (300, 200))))
+    png[16:24] = (100_000).to_bytes(4, "big") * 2                # the header claims 10 thousand million pixels
+    png[29:33] = zlib.crc32(png[12:29]).to_bytes(4, "big")
+    (tmp_path / "huge.png").write_bytes(png)
+    for name, complaint in (("thin.png", "1 x 5000 pixels is too large or too long"), ("float.tiff", "32 bits"),
+                            ("cut.jpg", "truncated"), ("huge.png", "pixels")):
+        with pytest.raises(DataError, match=complaint) as error:
+            data.open_image(tmp_path / name, "file, row 3")
+        assert str(error.value).startswith("file, row 3: ") and "\n" not in str(error.value)
+    rows = [train_row(image=name, solution="[]") for name in ("thin.png", "huge.png", "whole.jpg")]
+    samples = load_samples(write_rows(tmp_path, rows), GROUNDING, skip_bad_rows=True)
+    assert samples.skipped == 2 and len(samples) == 1
 
 
 # ---- Geometry -------------------------------------------------------------------------------------------------------
@@ -424,7 +475,7 @@ def test_the_authors_layouts(shared):
     assert test.size == test.frame == data.image_size(test.image) == (960, 643)
     trained = move_objects(first.objects, (840, 840), first.size)[0]["bbox_2d"]
     assert iou(trained, test.objects[0]["bbox_2d"]) > 0.98, "the same quokka in both layouts"
-    with pytest.raises(DataError, match="no Parquet file of the test split"):
+    with pytest.raises(DataError, match="lines file of the test split"):
         load_samples(shared / "parquet" / "train", GROUNDING, "test")
 
 
@@ -432,12 +483,14 @@ MISTAKES = {
     "not JSON": '{"problem": ',
     "not JSON ": '{"problem": "\\ud8"}',
     "not a JSON object": "[1, 2]",
-    "no 'solution'": {"problem": "the cat", "image": "image.png"},
-    "no 'text'": {"image": "image.png"},
-    "no 'bbox'": {"image": "image.png", "text": "the cat", "bbox": None},
+    "no 'solution' or": {"problem": "the cat", "image": "image.png"},
+    "no 'problem' or 'text'": {"image": "image.png"},
+    "no 'solution' or 'bbox' or 'mask'": {"image": "image.png", "text": "the cat", "bbox": None},
     "no 'image'": train_row(image=None),
     "the question ('problem') is empty": train_row(problem=" \n"),
-    "the question ('problem') is empty ": train_row(problem=7),
+    "the question ('problem') is empty ": train_row(problem="<image>"),
+    "the question ('problem') is not text": train_row(problem=7),
+    "control token ": train_row(choices=["<|image_pad|>"]),
     "control token": train_row(problem="a cat <|image_pad|>?"),
     "nowhere.png": train_row(image="nowhere.png"),
     "unreadable image": train_row(image=""),
@@ -487,7 +540,7 @@ def test_bad_bytes_and_bad_parquet_rows_are_named_too(tmp_path):
         load_samples(tmp_path / "rows.parquet", GROUNDING)
     assert load_samples(tmp_path / "rows.parquet", GROUNDING, skip_bad_rows=True).skipped == 1
     parquet.write_table(pyarrow.table({"answer": ["7"]}), tmp_path / "other.parquet")
-    with pytest.raises(DataError, match="other.parquet, row 1: no 'text'"):
+    with pytest.raises(DataError, match="other.parquet, row 1: no 'image' or 'images'"):
         load_samples(tmp_path / "other.parquet", GROUNDING)
 
 
@@ -513,7 +566,7 @@ def test_sources_that_are_not_there(tmp_path, monkeypatch):
     (tmp_path / "cut.parquet").write_bytes(b"PAR1 and no more")
     assert "cut.parquet: not readable as Parquet" in complaint(tmp_path / "cut.parquet")
     (tmp_path / "folder").mkdir()
-    assert "no Parquet file of the train split" in complaint(tmp_path / "folder")
+    assert "file of the train split" in complaint(tmp_path / "folder")
 
     def offline(name, **options):
         raise OSError("we are\noffline")
@@ -595,4 +648,4 @@ def test_the_built_in_task_encodes(processors, shapes):
     example = processors["qwen2_vl"].encode(shapes[0], SHAPES, image_size=(56, 56))
     assert shapes[0].question in processors["qwen2_vl"].tokenizer.decode(example.ids)
     assert SHAPES.thresholds == {"iou": 0.5, "box_l1": pytest.approx(35), "point": pytest.approx(70)}
-    assert Path(SHAPES.model).is_absolute() and data.TASKS == {"grounding": GROUNDING, "shapes": SHAPES}
+    assert Path(SHAPES.model).is_absolute() and data.TASKS["shapes"] == SHAPES

@@ -285,6 +285,22 @@ def test_a_disk_that_is_full_leaves_the_last_checkpoint(tmp_path):
     assert train_on(2, directory, "--max_steps", 2, "--resume") == [0, 0]
 
 
+# ---- Evaluating ------------------------------------------------------------------------------------------------------
+
+
+def test_evaluation_on_several_ranks_gives_the_same_answers(tmp_path):
+    """Nine samples on two and four ranks; one rank prints and writes."""
+    answers = {}
+    for world in (1, 2, 4):
+        ranks = Ranks(world, tmp_path / str(world), "ranks:evaluate", "--limit", 9, "--output_dir", tmp_path / f"e{world}")
+        assert ranks.wait() == [0] * world, ranks.text()
+        assert ranks.text().count("gIoU") == 1
+        answers[world] = json.loads((tmp_path / f"e{world}" / "answers.json").read_text())
+    for world in (2, 4):
+        assert answers[world]["metrics"] == answers[1]["metrics"]
+        assert answers[world]["answers"] == answers[1]["answers"] and len(answers[1]["answers"]) == 9
+
+
 # ---- What comes out --------------------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import eval as evaluation
 import model
-from support import report
+from support import measures, report
 
 
 def thing(*box):
@@ -26,7 +26,7 @@ def thing(*box):
 def result(prediction, label, size=(40, 30), **fields):
     return {"id": "a", "where": "row 1", "question": "find it", "completion": "<think>here</think><answer>…</answer>",
             "prediction": prediction, "label": label, "size": list(size), "length": 10, "truncated": False,
-            "thinking": True, "reward": {"format": 2.0, "total": 4.0}, **fields}
+            "thinking": True, "reward": {"format": 2.0, "total": 4.0}, "verdict": "right, IoU 1.00", **fields}
 
 
 # ---- Metrics ---------------------------------------------------------------------------------------------------------
@@ -126,13 +126,76 @@ def test_ciou_weighs_by_area_and_giou_does_not():
 
 def test_areas_are_exact_for_real_numbers_and_quick_for_large_images():
     a, b = np.array([[0.25, 0.5, 2.75, 3.0]]), np.array([[1.5, 1.25, 5.0, 2.0]])
-    assert evaluation.areas(a, b) == pytest.approx((1.25 * 0.75, 2.5 * 2.5 + 3.5 * 0.75 - 1.25 * 0.75), abs=1e-12)
+    assert measures.areas(a, b) == pytest.approx((1.25 * 0.75, 2.5 * 2.5 + 3.5 * 0.75 - 1.25 * 0.75), abs=1e-12)
     rng, start = np.random.default_rng(0), time.perf_counter()
     many = [{"bbox_2d": np.sort(rng.uniform(0, 1e4, (2, 2)), axis=0).ravel().tolist()} for _ in range(120)]
     whole = [{"bbox_2d": [-1e5, -1e5, 1e5, 1e5]}]
     *_, intersection, union = evaluation.compare(result(whole, many, (10_000, 10_000)))
     assert union == 1e8 and 0 < intersection < 1e8
     assert time.perf_counter() - start < 1
+
+
+def task_metrics(task, results):
+    return evaluation.metrics(results, data.TASKS[task])
+
+
+def test_roc_auc_counts_pairs():
+    """Brute force over all pairs, with many ties, and the answers of an anomaly detector."""
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        scores, positive = rng.integers(0, rng.integers(1, 6) + 1, 20) / 4, rng.random(20) < 0.4
+        pairs = [(a, b) for a, p in zip(scores, positive) if p for b, q in zip(scores, positive) if not q]
+        expected = np.mean([(a > b) + (a == b) / 2 for a, b in pairs]) if pairs else None
+        assert evaluation.roc_auc(scores, positive) == (expected if expected is None else pytest.approx(expected))
+    box = [thing(0, 0, 10, 10)]
+    results = [result(*pair) for pair in ((box, box), ([], box), (box, box), (None, box), ([], []), (box, []), (None, []))]
+    found = task_metrics("anomaly", results)
+    assert found["anomaly_acc"] == pytest.approx(3 / 7)
+    says = [1, 0, 1, 0, 0, 1, 1]                                  # no answer is as wrong as can be
+    pairs = [(a > b) + (a == b) / 2 for a in says[:4] for b in says[4:]]
+    assert found["ROC-AUC"] == pytest.approx(np.mean(pairs))
+    assert task_metrics("anomaly", results[:4])["ROC-AUC"] is None
+
+
+def test_counts_against_plain_sums():
+    rng, results, errors, right = np.random.default_rng(0), [], [], []
+    for n in range(200):
+        label, predicted = rng.integers(0, 9, 2).tolist()
+        answer = [[thing(0, 0, 9, 9)] * predicted, str(predicted), None][n % 3]
+        truth = [[thing(0, 0, 9, 9)] * label, str(label)][n // 3 % 2]
+        results.append(result(answer, truth))
+        errors.append((0 if answer is None else predicted) - label)
+        right.append(answer is not None and predicted == label)
+    found = task_metrics("counting", results)
+    assert found["MAE"] == pytest.approx(sum(abs(e) for e in errors) / 200)
+    assert found["RMSE"] == pytest.approx((sum(e * e for e in errors) / 200) ** 0.5)
+    assert found["count_acc"] == sum(right) / 200 and 0 < sum(right) < 60
+    assert all(value is None for name, value in task_metrics("counting", []).items() if name != "samples")
+
+
+def test_a_click_counts_where_it_lands():
+    box, two = [{"bbox_2d": [10, 20, 30, 40]}], [{"bbox_2d": [10, 20, 30, 40]}, {"bbox_2d": [50, 50, 60, 60]}]
+    for predicted, label, expected in (
+            ([{"point_2d": [15, 25]}], box, 1), ([{"point_2d": [10, 40]}], box, 1), ([{"point_2d": [9.9, 30]}], box, 0),
+            ([{"point_2d": [30, 15]}], box, 0), ([{"point_2d": [25, 15]}], box, 0),      # x and y are not the same
+            ([{"bbox_2d": [0, 0, 40, 60]}], box, 1), ([{"bbox_2d": [0, 0, 10, 10]}], box, 0),     # its centre
+            ([{"bbox_2d": [0, 0, 40, 60], "point_2d": [1, 1]}], box, 0),
+            ([{"point_2d": [55, 55]}], two, 1), ([{"point_2d": [1, 1]}, {"point_2d": [15, 25]}], two, 0),
+            ([{}], box, 0), ([], box, 0), (None, box, 0), ([{"point_2d": [1, 1]}], [{"point_2d": [1, 1]}], None)):
+        assert task_metrics("gui", [result(predicted, label)])["point_in_box"] == expected, (predicted, label)
+
+
+def test_labels_of_points_alone_say_nothing_about_boxes():
+    found = task_metrics("gui", [result([thing(0, 0, 9, 9)], [{"point_2d": [3, 3]}])])
+    assert found["accuracy"] is found["gIoU"] is found["point_in_box"] is None
+
+
+def test_math_accuracy_and_measured_masks():
+    results = [result("0.5", r"\boxed{\frac{1}{2}}"), result("7", r"\boxed{8}"), result(None, r"\boxed{8}")]
+    assert task_metrics("math", results)["accuracy"] == pytest.approx(1 / 3)
+    box = [thing(0, 0, 10, 10)]
+    found = evaluation.metrics([result(box, box, overlap=[30.0, 120.0]), result(box, box)])
+    assert found["gIoU"] == (0.25 + 1) / 2 and found["cIoU"] == 130 / 220
 
 
 def test_nothing_to_measure_is_none_and_printed_as_a_dash():
@@ -245,7 +308,8 @@ def test_results_say_what_happened(monkeypatch):
     assert found == {
         "id": "a", "where": "row a", "question": "find a", "completion": text, "prediction": [], "label": [],
         "size": [90, 60], "length": len(text) + 1, "truncated": False, "thinking": True,
-        "reward": {"thinking": 1, "format": 2, "accuracy": 3, "non_repeat": 1, "total": 7}}
+        "reward": {"thinking": 1, "format": 2, "accuracy": 3, "non_repeat": 1, "total": 7},
+        "verdict": "right, nothing to find"}
     speak(monkeypatch, lambda example: "<think>I see, and I go on", finished=False)
     [found] = evaluation.evaluate(None, make_processor(), SHAPES, [make_sample()], think=False)
     assert found["prediction"] is None and found["truncated"] and not found["thinking"]
@@ -375,7 +439,7 @@ def test_command_line_writes_answers_and_gallery_and_prints_the_table(checkpoint
     assert sorted(path.name for path in directory.iterdir()) == ["answers.json", "gallery.png"]
     saved = json.loads((directory / "answers.json").read_text())
     assert saved["metrics"]["accuracy"] == 1 and saved["metrics"]["samples"] == len(saved["answers"]) == 5
-    assert saved["settings"]["image_size"] == [96, 96] and saved["settings"]["data"] == "builtin"
+    assert saved["settings"]["image_size"] == [96] and saved["settings"]["data"] == "builtin"
     assert saved["settings"]["max_completion_length"] == data.TASKS["shapes"].recipe["max_completion_length"]
     assert saved["settings"]["think"] is False
     assert report.format_table(saved["metrics"]) in printed

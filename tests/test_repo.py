@@ -2,14 +2,17 @@
 
 import ast
 import doctest
+import importlib
 import re
 
 import pytest
+import torch.distributed.run
 from conftest import ROOT
 
 FILES = ["visurf.py", "train.py", "rewards.py", "data.py", "model.py", "eval.py"]
 REQUIRED = {"torch", "transformers", "safetensors", "PIL", "numpy", "tqdm",
             "huggingface_hub"}  # which transformers brings
+SUPPORT = sorted(f"support/{file.name}" for file in (ROOT / "support").glob("*.py"))
 README = (ROOT / "README.md").read_text()
 
 
@@ -33,8 +36,11 @@ def test_nothing_else_is_required():
     import sys
 
     outside = set().union(*map(imports, FILES)) - set(sys.stdlib_module_names) - {f[:-3] for f in FILES} - {"assets", "support"}
-    assert outside - {"pyarrow"} <= REQUIRED  # Parquet needs pyarrow, and says so
-    assert 'find_spec("pyarrow")' in (ROOT / "data.py").read_text()
+    assert outside <= REQUIRED
+    outside = set().union(*map(imports, SUPPORT)) - set(sys.stdlib_module_names) - {f[:-3] for f in FILES} - {"support"}
+    assert outside - {"pyarrow", "math_verify"} <= REQUIRED  # what is not required is looked for before it is imported
+    for package, file in (("pyarrow", "sources.py"), ("math_verify", "answers.py")):
+        assert f'find_spec("{package}")' in (ROOT / "support" / file).read_text()
 
 
 def lines(file: str) -> int:
@@ -54,7 +60,7 @@ def test_the_promised_total():
     assert [int(n.replace(",", "")) for n in said.groups()] == [total, sum(map(lines, FILES))]
 
 
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", FILES + SUPPORT)
 def test_functions_stay_short_and_lines_narrow(file):
     source = (ROOT / file).read_text()
     functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
@@ -66,9 +72,9 @@ def test_functions_stay_short_and_lines_narrow(file):
     assert not set(bare) - {"main"}, f"no docstring: {bare}"
 
 
-@pytest.mark.parametrize("name", ["rewards", "data", "eval"])
+@pytest.mark.parametrize("name", ["rewards", "data", "eval", "support.masks", "support.answers", "support.measures"])
 def test_docstring_examples(name):
-    assert doctest.testmod(__import__(name)).failed == 0
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
 
 
 def test_the_readmes_memory_table_is_what_the_formula_prints(capsys):
@@ -88,12 +94,12 @@ def test_every_flag_the_readme_names_exists(capsys):
     import eval as evaluate
     import train
 
-    known = set()
+    known = set(re.findall(r"--[\w-]+", torch.distributed.run.get_args_parser().format_help()))
     for command in (train, evaluate, bench):
         with pytest.raises(SystemExit):
             command.main(["--help"])
         known |= set(re.findall(r"--[\w-]+", capsys.readouterr().out))
-    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", README)) - {"--nproc_per_node"}
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", README))
     assert named <= known, named - known
 
 

@@ -8,13 +8,16 @@ import itertools
 import json
 import math
 import random
+import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import rewards
 from rewards import MAX_REWARD, RANGES, THINKING, Thresholds, has_thinking, iou, match, non_repeat, parse_answer, score
+from support.answers import plain, quantity, same_answer
 
 DOG = {"bbox_2d": [100, 100, 300, 300], "point_2d": [200, 200]}
 CAT = {"bbox_2d": [500, 400, 700, 800], "point_2d": [600, 600]}
@@ -94,7 +97,7 @@ def test_tasks_think_and_errors():
     without = score(completion([DOG]), [DOG], think=False)
     assert without == {"format": 2.0, "accuracy": 3.0, "non_repeat": 1.0, "total": 6.0}
     assert set(RANGES) - set(without) == set(THINKING)
-    with pytest.raises(ValueError, match="'poetry'.*grounding, shapes"):
+    with pytest.raises(ValueError, match="'poetry'.*grounding, gui, anomaly, medical, shapes, counting, math"):
         score("", [], task="poetry")
     with pytest.raises(ValueError, match=r"\(840, 0\)"):
         score("", [], frame=(840, 0))
@@ -332,6 +335,113 @@ def test_iou_counts_pixels():
     np.testing.assert_allclose(iou(first * 1000, second * 1000), expected, atol=1e-12)
     assert iou(first, first).max() == 1 and iou(np.zeros((0, 4)), first).shape == (0, 40)
     assert iou([BOX], [BOX, [0, 0, 1, 1]]).tolist() == [[1, 0]]
+
+
+# ---- Counting and mathematics ----------------------------------------------------------------------------------------
+POINTS = [{"point_2d": [100, 100]}, {"point_2d": [400, 400]}]
+
+
+@pytest.mark.parametrize("said, label, expected", [
+    (json.dumps([DOG, CAT]), [DOG, CAT], (2, 3)), (json.dumps([DOG, CAT]), "2", (2, 3)), ("2", "2", (2, 3)),
+    ("2", [DOG, CAT], (2, 1)), ("3", [DOG, CAT], (2, 0)), (json.dumps([DOG]), "2", (2, 0)), ("3", "2", (2, 0)),
+    (" 02 ", "2", (2, 3)), ("two", "2", (0, 0)), ("2.0", "2", (0, 0)), ("-2", "2", (0, 0)), ("99999", "2", (0, 0)),
+    ("[]", "0", (2, 3)), ("[]", "2", (0, 0)), ("0", [], (2, 1)), ("[]", [], (2, 3)), ("0", "0", (2, 3)), ("٢", "2", (0, 0)),
+    (json.dumps(POINTS), POINTS, (2, 3)), (json.dumps(POINTS), "2", (1, 3)), (json.dumps([DOG, FAR]), [DOG, CAT], (2, 1.5)),
+    (json.dumps(POINTS[:1]), POINTS, (2, 1.5)), (json.dumps([{"point_2d": [129, 100]}, {"point_2d": [131, 100]}]), POINTS,
+                                                (2, 1.5)),
+])
+def test_counting(said, label, expected):
+    """(format, accuracy): a number or a list is an answer; a number alone earns little where objects can be shown."""
+    found = score(completion(said), label, task="counting")
+    assert (found["format"], found["accuracy"]) == expected
+    assert found["thinking"] == found["non_repeat"] == 1 and list(found) == [*RANGES, "total"]
+
+
+def test_math_rewards_are_three_ones():
+    good = "<think>half</think><answer>so \\boxed{\\frac{1}{2}}</answer>"
+    assert score(good, r"\boxed{0.5}", task="math") == {"thinking": 1, "format": 1, "accuracy": 1, "total": 3}
+    assert score(good, "0.5", task="math", think=False) == {"format": 1, "accuracy": 1, "total": 2}
+    long = "the longest side of the triangle, " * 5
+    assert score(f"<answer>\\boxed{{{long}}}</answer>", f"\\boxed{{{long}}}", task="math")["accuracy"] == 1
+    for text, expected in ((good.replace("1}", "3}"), (1, 1, 0)), ("<answer>\\boxed{0.5}</answer>", (0, 1, 1)),
+                           ("<think>a</think><answer>0.5</answer>", (1, 0, 0)), ("\\boxed{0.5}", (0, 0, 0)),
+                           ("<think>\\boxed{0.5}</think>", (0, 0, 0)),
+                           ("<think>a</think><answer>\\boxed{0.5} \\boxed{7}</answer>", (1, 1, 0)),
+                           ("<think>a</think><answer>\\boxed{0.5</answer>", (1, 0, 0)),
+                           ("<think>a</think><answer>\\boxed{}</answer>", (1, 0, 0))):
+        assert tuple(score(text, "0.5", task="math").values())[:3] == expected, text
+    assert rewards.boxed(r"\boxed{1} and \boxed{\text{a {b}} c} d") == r"\text{a {b}} c"
+
+
+SAME = [
+    ("1/2", "0.5"), ("10%", "0.1"), ("10%", "10"), ("(A)", "A"), ("1,234", "1234"), (r"\frac{1}{2}", "1/2"),
+    (r"\frac12", ".5"), (r"\dfrac{3}{4}", "0.75"), (r"1\frac{1}{2}", "1.5"), ("1 1/2", "3/2"), ("-1 1/2", "-1.5"),
+    (r"2\sqrt{3}", r"2\sqrt3"), (r"\frac{\sqrt{3}}{2}", r"\sqrt{3}/2"), (r"\sqrt[3]{8}", "2"), ("√2", r"\sqrt{2}"),
+    (r"\frac{\pi}{4}", "π/4"), ("2^{10}", "1024"), ("10^3", "1e3"), (r"1.5\times10^{3}", "1500"), ("2²", "4"),
+    ("5 cm", "5"), ("5cm", "5 cm"), (r"5\text{ cm}", "5 cm"), ("5 hours", "5 hour"), ("24 coins", "24"),
+    ("12 cm^2", "12 cm²"), ("3 km/h", "3"), ("12 million", "12,000,000"), ("x=5", "5"), ("x = 5", "x=5.0"),
+    ("(1, 2)", "(1,2)"), ("(1/2, 3)", "(0.5, 3)"), ("1, 2, 3", "1,2,3"), ("Yes.", "yes"), ("  Blue ", "blue"),
+    (r"90^\circ", "90"), ("90°", "90 degrees"), (r"\$5", "5 dollars"), ("50 percent", "1/2"), ("3:4", "3 : 4"),
+    ("2x", "2 x"), ("x^2+1", "x^{2} + 1"), ("2.50", "2.5"), ("-0", "0"), (r"\left(1,2\right)", "(1,2)"), ("1{,}000", "1000"),
+    ("(3+4)*2", "14"), ("$7$", "7"), ("−3", "-3"), (r"\text{(B)}", "B"), ("(B) 24", "B"), ("B.", "B"), ("b", "B")]
+PREFIXED = [("(B) 24", "24"), ("B. 1/2", "0.5"), ("C: blue", "Blue")]
+DIFFERENT = [
+    ("1/2", "2"), ("1/2", "0.05"), ("0.333", "1/3"), ("10%", "1"), ("10%", "100"), ("(A)", "B"), ("Blue", "B"), ("AB", "A"),
+    ("5 cm", "5 m"), ("5 hours", "5 minutes"), ("12 million", "12"), ("x=5", "y=5"), ("x=5", "6"), ("(1,2)", "(2,1)"),
+    ("(1,2)", "[1,2]"), ("1,2", "1"), ("yes", "no"), ("3.14", r"\pi"), ("2x", "2"), ("-5", "5"), ("9^9^9^9", "1"),
+    (r"\sqrt{-1}", "1"), ("1/0", "0"), ("3:4", "4:3"), ("12345678901", "12345678902"), ("", "0"), ("0", ""), ("x^2", "x2"),
+    ("1.5", "15"), ("1,5", "15"), ("12", "1 2"), ("nan", "0"), ("inf", "1e999"), ("1e400", "2e400"), ("((1)", "1"),
+    ("5 or 6", "5"), (r"\frac{1}{2}", r"\frac{2}{1}"), ("A", "24"), ("1:2", "0.5"), ("2 apples", "3 apples"), ("(B) 24", "25"), ("B 24", "24")]
+
+
+@pytest.mark.parametrize("same, pairs", [(True, SAME), (True, PREFIXED), (False, DIFFERENT)])
+def test_pairs_of_short_answers(same, pairs):
+    assert len(SAME) + len(DIFFERENT) >= 60
+    wrong = [pair for pair in pairs if same_answer(*pair) != same]
+    # turned round, too, but for choices: a label has no letter before its words
+    wrong += [(b, a) for a, b in pairs if b not in "Bb" and pairs is not PREFIXED and same_answer(b, a) != same]
+    assert not wrong
+
+
+def test_short_answers_are_compared_in_milliseconds_whatever_they_hold():
+    rng, pieces = random.Random(0), [*r"0123456789+-*/^(){}[].,%$ =\:", r"\frac", r"\sqrt{", r"\boxed{", r"\text{", "pi", "9^",
+                                     "cm", "million", "x", "A", "١", "²", "\ud800", "\0", "1" * 50, "((((", "a/", "-" * 40]
+    slowest = 0
+    for number in range(20_000):
+        a, b = ("".join(rng.choices(pieces, k=rng.randint(0, 40))) for _ in range(2))
+        start = time.perf_counter()
+        assert same_answer(a, b) in (True, False)
+        assert same_answer(a, a) or not a.strip() or quantity(plain(a)) is None or len(a) > 120
+        slowest = max(slowest, time.perf_counter() - start)
+    for unit in ("(", "9^", "\\frac{", "{", "1,", "a ", "1 ", "m", "ab/", "-", "2pi", "sqrt", "\\text{", "x=", "1 1/", "a b"):
+        for text in (unit * (120 // len(unit)), "1 " + unit * (118 // len(unit)), unit * (119 // len(unit)) + "!"):
+            score(f"<answer>\\boxed{{{text}}}</answer>", "12", task="math")
+            times = []
+            for _ in range(3):
+                start = time.perf_counter()
+                same_answer(text, "12"), same_answer("12", text), same_answer(text, text)
+                times.append(time.perf_counter() - start)
+            slowest = max(slowest, min(times))
+    for text in ("\\boxed{" * 3000, "\\boxed{1}" * 2000, "{" * 20_000, "\\boxed{" + "9" * 20_000 + "}"):
+        start = time.perf_counter()
+        score(f"<answer>{text}</answer>", r"\boxed{12}", task="math")
+        score(f"<answer>{text}</answer>", "12", task="counting")
+        slowest = max(slowest, (time.perf_counter() - start) / 2)
+    print(f"\nslowest: {1000 * slowest:.1f} ms")
+
+
+def test_math_verify_is_asked_about_algebra_alone(monkeypatch):
+    """If it is installed; numbers and choices are never sent to it, and its word counts."""
+    import support.answers
+
+    asked = []
+    fake = SimpleNamespace(parse=lambda text: text, verify=lambda *texts: asked.append(texts) or True)
+    monkeypatch.setitem(sys.modules, "math_verify", fake)
+    monkeypatch.setattr(support.answers, "find_spec", lambda name: fake)
+    assert same_answer("x(x+1)", "x^2+x") and asked == [("$x^2+x$", "$x(x+1)$")]
+    assert not same_answer("7", "8") and not same_answer("A", "B") and len(asked) == 1
+    monkeypatch.setattr(support.answers, "find_spec", lambda name: None)
+    assert not same_answer("x(x+1)", "x^2+x")
 
 
 # ---- Fuzz -----------------------------------------------------------------------------------------------------------

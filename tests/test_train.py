@@ -456,7 +456,7 @@ def test_a_disk_without_room_for_a_checkpoint(tmp_path, capsys, monkeypatch, fla
 
 def test_resuming_another_kind_of_run_is_a_mistake(tmp_path, capsys):
     run(tmp_path, "--max_steps", 1)
-    for flags, message in ((["--method", "sft"], "holds a run with --method visurf"), (["--seed", 3], "--seed 0")):
+    for flags, message in ((["--method", "sft"], "holds a run with --method 'visurf'"), (["--seed", 3], "--seed 0")):
         with pytest.raises(SystemExit) as stop:
             run(tmp_path, "--resume", *flags)
         assert stop.value.code == 2 and message in capsys.readouterr().err
