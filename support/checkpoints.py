@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 
 import data
 import model
-from support.processes import everyone, on_first_rank
+from support.processes import alone, everyone, on_first_rank
 
 LOGS = ("metrics", "timing", "completions")
 RUN_FILES = ("config.json", *(f"{name}.jsonl" for name in LOGS), "before.json", "after.json", "gallery.png",
@@ -109,7 +109,7 @@ def save(run, whole, directory: Path, source) -> Path:
         with whole as network:
             on_first_rank(_save_network, run, network, unfinished, source)
         writer = dcp.HuggingFaceStorageWriter(str(unfinished / STATE), save_distributed=True)  # safetensors, no pickle
-        dcp.save(tensors(run), storage_writer=writer)
+        dcp.save(tensors(run), storage_writer=writer, no_dist=alone())
         os.sync()  # the name must not reach the disk before the contents
         everyone(None)  # wait for all
         on_first_rank(_finish, run, unfinished, final)
@@ -157,4 +157,4 @@ def load(run, checkpoint: Path):
         if f"exp_avg/{name}" in saved:  # AdamW has none for what never had a gradient
             moments = {key: torch.zeros_like(parameter, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
             run.optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
-    dcp.load(tensors(run), storage_reader=reader)
+    dcp.load(tensors(run), storage_reader=reader, no_dist=alone())

@@ -65,8 +65,15 @@ def is_first() -> bool:
     """Whether this is rank 0, which prints and writes for all."""
     return dist.get_rank() == 0 if dist.is_initialized() else os.environ.get("RANK", "0") == "0"
 
+def alone() -> bool:
+    """Whether this is the only process. Then gloo is left out: a thread of its own that copies a large object starts
+    OpenMP's threads a second time, and from then on every small operation of two threads is twice as slow."""
+    return dist.get_world_size() == 1
+
 def everyone(value) -> list:
     """The values of all ranks, on every rank."""
+    if alone():
+        return [value]
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
@@ -83,6 +90,8 @@ def interleaved(items: list) -> list:
 
 def on_first_rank(function, *args):
     """Call a function on rank 0 alone; all ranks wait and get its result, or raise what a user or a disk did to it."""
+    if alone():
+        return function(*args)
     outcome = [None, None]
     if dist.get_rank() == 0:
         try:
