@@ -14,6 +14,7 @@ under another name and renamed when complete.
 import json
 import os
 import shutil
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -109,7 +110,8 @@ def save(run, whole, directory: Path, source) -> Path:
         with whole as network:
             on_first_rank(_save_network, run, network, unfinished, source)
         writer = dcp.HuggingFaceStorageWriter(str(unfinished / STATE), save_distributed=True)  # safetensors, no pickle
-        dcp.save(tensors(run), storage_writer=writer, no_dist=alone())
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # "assuming a single process": yes
+            dcp.save(tensors(run), storage_writer=writer, no_dist=alone())
         os.sync()  # the name must not reach the disk before the contents
         everyone(None)  # wait for all
         on_first_rank(_finish, run, unfinished, final)
@@ -157,4 +159,5 @@ def load(run, checkpoint: Path):
         if f"exp_avg/{name}" in saved:  # AdamW has none for what never had a gradient
             moments = {key: torch.zeros_like(parameter, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
             run.optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
-    dcp.load(tensors(run), storage_reader=reader, no_dist=alone())
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # likewise
+        dcp.load(tensors(run), storage_reader=reader, no_dist=alone())
