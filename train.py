@@ -338,14 +338,14 @@ def train(config: Config):
 
     run = make_run(config, task, processor, checkpoint, spare, device)
     processes.on_first_rank(checkpoints.claim_output, config, directory)
-    if config.resume and (last := checkpoints.last_checkpoint(directory)):
+    if config.resume and (last := processes.on_first_rank(checkpoints.last_checkpoint, directory)):
         checkpoints.load(run, last)
     if processes.is_first():
         print(f"{config.method} on {config.task}: {len(samples)} samples ({samples.skipped} bad rows skipped, "
               f"{samples.clipped} boxes clipped), {size / 1e6:.1f} M parameters, "
               f"{dist.get_world_size()} x {device.type}")
         print("The policy loss stays near 0, which is normal: advantages have mean 0. Watch the rewards.")
-    if not (run.step and (directory / "before.json").exists()):  # a resumed run knows what it started from
+    if run.step == 0 or not processes.on_first_rank((directory / "before.json").exists):  # else it is known
         run_evaluation(run, held_out, directory / "before.json")
     with run.stop:
         loop(run, samples, held_out, encode, directory, checkpoint)

@@ -115,10 +115,9 @@ def save(run, whole, directory: Path, source) -> Path:
         os.sync()  # the name must not reach the disk before the contents
         everyone(None)  # wait for all
         on_first_rank(_finish, run, unfinished, final)
-    except (OSError, SafetensorError, dcp.CheckpointException) as error:
-        failures = getattr(error, "failures", {0: (error,)}).values()  # of the ranks, if distributed
-        raise data.DataError(f"{final}: not written ({'; '.join(sorted({str(f[0]) for f in failures}))}); --resume "
-                             f"continues from {last_checkpoint(directory) or 'the start'}") from None
+    except TROUBLE as error:
+        raise data.DataError(f"{final}: not written ({cause(error)}); --resume continues from "
+                             f"{last_checkpoint(directory) or 'the start'}") from None
     return final
 
 def _save_network(run, network: model.QwenVL, unfinished: Path, source):
@@ -146,18 +145,31 @@ def tensors(run) -> dict[str, torch.Tensor]:
     return found
 
 def load(run, checkpoint: Path):
-    """Continue where `save` left off, on as many processes as there are now. DataError if the state does not fit."""
-    state = json.loads((checkpoint / f"{STATE}.json").read_text())
-    for name in COUNTERS:
-        setattr(run, name, state[name])
-    run.style.load_state_dict(state["style"])
-    reader = dcp.HuggingFaceStorageReader(str(checkpoint / STATE))
-    saved = reader.read_metadata().state_dict_metadata
-    for name, parameter in run.network.named_parameters():
-        if tuple(saved[f"weight/{name}"].size if f"weight/{name}" in saved else ()) != tuple(parameter.shape):
-            raise data.DataError(f"{checkpoint}: its {name} does not fit the network of --model: not of this run")
-        if f"exp_avg/{name}" in saved:  # AdamW has none for what never had a gradient
-            moments = {key: torch.zeros_like(parameter, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
-            run.optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
-    with warnings.catch_warnings(action="ignore", category=UserWarning):  # likewise
-        dcp.load(tensors(run), storage_reader=reader, no_dist=alone())
+    """Continue where `save` left off, on as many processes as there are now. DataError if the state is damaged, or of
+    another network."""
+    try:
+        state = json.loads((checkpoint / f"{STATE}.json").read_text())
+        for name in COUNTERS:
+            setattr(run, name, state[name])
+        run.style.load_state_dict(state["style"])
+        reader = dcp.HuggingFaceStorageReader(str(checkpoint / STATE))
+        saved = reader.read_metadata().state_dict_metadata
+        for name, parameter in run.network.named_parameters():
+            if saved[f"weight/{name}"].size != parameter.shape:
+                raise ValueError(f"{name} has another shape there")
+            if f"exp_avg/{name}" in saved:  # AdamW has none for what never had a gradient
+                moments = {key: torch.zeros_like(parameter, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
+                run.optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # "assuming a single process": yes
+            dcp.load(tensors(run), storage_reader=reader, no_dist=alone())
+    except (*TROUBLE, KeyError, ValueError) as error:
+        raise data.DataError(f"{checkpoint}: cannot be continued from ({cause(error)}); delete it to go on from the one "
+                             "before, or begin again with --overwrite") from None
+
+# What goes wrong between a run and a disk. One rank's trouble reaches the others inside a CheckpointException.
+TROUBLE = (OSError, SafetensorError, dcp.CheckpointException)
+
+def cause(error) -> str:
+    """What happened, in words, on whatever rank it happened."""
+    failures = error.failures.values() if isinstance(error, dcp.CheckpointException) else [(error,)]
+    return "; ".join(sorted({f"{type(failure[0]).__name__}: {failure[0]}" for failure in failures}))

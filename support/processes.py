@@ -120,6 +120,8 @@ class Interruption:
 
     def _note(self, number, frame):
         self.number = number
+        if is_first():  # not print: the signal may have come in the middle of one
+            os.write(2, b"\nleaving after this step, with a checkpoint\n")
 
     def check(self):
         number = torch.tensor(self.number)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import data
 import eval as evaluate
@@ -188,6 +188,28 @@ def test_resume_forgets_steps_after_the_checkpoint_and_unfinished_ones(tmp_path)
     assert (directory / "before.json").read_text() == before, "the run still knows what it started from"
     assert [m["step"] for m in records(directory)] == [1, 2, 3] and records(directory)[2]["loss"] != 123
     assert not (directory / "unfinished").exists()
+
+
+@pytest.mark.parametrize("damage", ["half a shard", "no shard", "half the counters", "other network"])
+def test_a_damaged_checkpoint_is_named(tmp_path, capsys, damage):
+    directory = run(tmp_path, "--max_steps", 1)
+    state = directory / "checkpoint-1" / "training_state"
+    [shard] = state.glob("*.safetensors")
+    counters = state.with_suffix(".json")
+    if damage == "half a shard":
+        shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    elif damage == "no shard":
+        shard.unlink()
+    elif damage == "half the counters":
+        counters.write_text(counters.read_text()[:20])
+    else:
+        tensors = load_file(shard)
+        save_file({name: tensor[:1] for name, tensor in tensors.items() if tensor.dim()}, shard)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, "--max_steps", 2, "--resume")
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2 and "checkpoint-1: cannot be continued from" in printed and "Traceback" not in printed
 
 
 def test_every_sample_once_an_epoch():
