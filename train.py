@@ -370,7 +370,7 @@ def loop(run: Run, samples, held_out, encode, directory: Path, source):
     """Steps until max_steps, with a line, records and now and then a checkpoint for each."""
     config, first = run.config, processes.is_first()
     logs = {name: checkpoints.open_log(directory / f"{name}.jsonl", run.step) for name in checkpoints.LOGS if first}
-    log = lambda name, record: print(json.dumps({"step": run.step, **record}), file=logs[name], flush=True)
+    log = lambda name, record: checkpoints.append(logs[name], {"step": run.step, **record})
     steps = range(run.step, config.max_steps)
     for _ in tqdm(steps, "training", config.max_steps, initial=run.step, leave=False, disable=not first):
         try:

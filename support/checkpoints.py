@@ -87,6 +87,14 @@ def open_log(path: Path, steps_done: int):
     write_text(path, "".join(f"{line}\n" for line in kept))
     return path.open("a")
 
+def append(log, record: dict):
+    """Write a record to a log; DataError if the disk does not take it."""
+    try:
+        print(json.dumps(record), file=log, flush=True)
+    except OSError as error:
+        raise data.DataError(f"{log.name}: not written ({error.strerror}); make room, and --resume continues from the "
+                             "last checkpoint") from None
+
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------
 
 def complete(directory: Path) -> list[Path]:
@@ -95,7 +103,7 @@ def complete(directory: Path) -> list[Path]:
 
 def last_checkpoint(directory: Path) -> Path | None:
     """The newest complete checkpoint of a run."""
-    return max(complete(directory), key=lambda path: int(path.name.split("-")[1]), default=None)
+    return next(reversed(complete(directory)), None)
 
 def save(run, whole, directory: Path, source) -> Path:
     """Write checkpoint-STEP unless it is there, then drop the oldest beyond --keep. `with whole as network` gathers the

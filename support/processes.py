@@ -40,9 +40,9 @@ def start() -> torch.device:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # gloo also carries the small objects
-        if "RANK" in os.environ:
-            dist.init_process_group(backend)
+        if "RANK" in os.environ:  # watched from the start: who joins would wait long for one who has left again
             threading.Thread(target=_leave_when_another_fails, daemon=True).start()
+            dist.init_process_group(backend)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device
@@ -137,6 +137,8 @@ def one_report(program: str, mistakes: tuple):
     exit code 2, Interrupted likewise with 128 + signal, and anything else, our own bug, with its traceback and 1."""
     try:
         yield
+        if "RANK" in os.environ and dist.is_initialized():
+            dist.destroy_process_group()
     except (Exception, KeyboardInterrupt) as error:
         if isinstance(error, KeyboardInterrupt):  # Ctrl-C at a time when nothing would be lost
             error = Interrupted(signal.SIGINT)
@@ -163,22 +165,22 @@ def _is_first_to_fail(code: int) -> bool:
         return is_first()
     mine = f"{dist.get_rank()} {code}"
     try:
-        return _store().compare_set(FAILED, "", mine).decode() == mine
+        return _store(seconds=10).compare_set(FAILED, "", mine).decode() == mine
     except dist.DistError:  # torchrun itself is gone: rather twice than never
         return True
 
-def _store() -> dist.TCPStore:
+def _store(seconds: float) -> dist.TCPStore:
     """A connection of its own to the processes' common store: the usual one may be busy waiting for a dead process."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))
+    return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=seconds))
 
 def _leave_when_another_fails():
     """Wait in a thread until some rank fails, then leave without a word: it has reported, and will not answer again."""
     try:
-        store = _store()
+        store = _store(seconds=300)
         store.wait([FAILED], timedelta(days=365))
         rank, code = map(int, store.get(FAILED).decode().split())
     except dist.DistError:
         return  # the store is gone, and with it the rank that had it: the next exchange with that rank will fail
-    if rank != dist.get_rank():
+    if rank != int(os.environ["RANK"]):
         _exit(code)

@@ -149,6 +149,7 @@ def in_bfloat16() -> dict:
 def main(*flags):
     """train.py as torchrun starts it."""
     train.main([*SMALL, "--eval_samples", "0", "--method", "visurf", *map(str, flags)])
+    assert not dist.is_initialized(), "it leaves without having said so"
 
 
 def main_with_a_bug(*flags):
@@ -170,7 +171,10 @@ def first_to_fail() -> bool:
     """Whether this rank is the one to report, when all fail at once and none is ended by another."""
     processes._leave_when_another_fails = lambda: None
     processes.start()
-    return processes._is_first_to_fail(2)
+    processes.everyone("is here")
+    first = processes._is_first_to_fail(2)
+    processes.everyone("knows")
+    return first
 
 
 def main_without_a_finite_loss(*flags):

@@ -476,6 +476,14 @@ def test_a_disk_without_room_for_a_checkpoint(tmp_path, capsys, monkeypatch, fla
     assert [path.name for path in directory.glob("*-*")] == ["checkpoint-1"] * bool(flags)
 
 
+def test_a_log_that_the_disk_does_not_take(tmp_path, capsys, monkeypatch):
+    """Writing to /dev/full fails as on a full disk: one line that names the log."""
+    monkeypatch.setattr(checkpoints, "open_log", lambda path, step: open("/dev/full", "w"))
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path)
+    assert stop.value.code == 2 and "/dev/full: not written (No space left on device)" in capsys.readouterr().err
+
+
 def test_resuming_another_kind_of_run_is_a_mistake(tmp_path, capsys):
     run(tmp_path, "--max_steps", 1)
     for flags, message in ((["--method", "sft"], "holds a run with --method 'visurf'"), (["--seed", 3], "--seed 0")):
