@@ -1,5 +1,6 @@
 """Start the ranks of a run from tests: forked from one server that has imported torch once, joined over gloo."""
 
+import contextlib
 import importlib
 import multiprocessing
 import os
@@ -57,8 +58,9 @@ class Ranks:
         return received
 
     def signal(self, number: int, ranks=None):
+        """Send a signal to some ranks, or all; those that have ended meanwhile do not mind."""
         for rank in range(len(self.processes)) if ranks is None else ranks:
-            if self.processes[rank].is_alive():
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(self.processes[rank].pid, number)
 
     def text(self) -> str:
