@@ -171,8 +171,8 @@ def load(run, checkpoint: Path):
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # "assuming a single process": yes
             dcp.load(tensors(run), storage_reader=reader, no_dist=alone())
     except (*TROUBLE, KeyError, ValueError) as error:
-        raise data.DataError(f"{checkpoint}: cannot be continued from ({cause(error)}); delete it to go on from the one "
-                             "before, or begin again with --overwrite") from None
+        raise data.DataError(f"{checkpoint}: cannot be continued from ({cause(error)}); delete it to go on from the "
+                             "one before, or begin again with --overwrite") from None
 
 # What goes wrong between a run and a disk. One rank's trouble reaches the others inside a CheckpointException.
 TROUBLE = (OSError, SafetensorError, dcp.CheckpointException)
