@@ -39,7 +39,8 @@ VARIANTS = {"pieces of 2, recomputed": ["--micro_batch_size", 2, "--checkpoint_a
             "pieces of 8": ["--micro_batch_size", 8]}
 SETTINGS = METHODS | {f"{method}, {variant}": ["--method", method, *flags]
                       for method in METHODS for variant, flags in VARIANTS.items()}
-SETTINGS |= {"three prompts": ["--batch_size", "3"], "offloaded": ["--cpu_offload"],
+SETTINGS |= {f"{method} of three prompts": ["--method", method, "--batch_size", "3"] for method in METHODS}
+SETTINGS |= {"offloaded": ["--cpu_offload"],
              "iterations": ["--num_iterations", "2", "--average", "sequence"],
              "reference": ["--beta", "0.1"]}
 
