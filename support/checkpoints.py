@@ -12,6 +12,7 @@ under another name and renamed when complete.
 """
 
 import json
+import math
 import os
 import shutil
 import warnings
@@ -88,7 +89,9 @@ def open_log(path: Path, steps_done: int):
     return path.open("a")
 
 def append(log, record: dict):
-    """Write a record to a log; DataError if the disk does not take it."""
+    """Write a record to a log; null is what is not finite, for JSON knows no NaN. DataError if the disk is full."""
+    finite = lambda value: not isinstance(value, float) or math.isfinite(value)
+    record = {name: value if finite(value) else None for name, value in record.items()}
     try:
         print(json.dumps(record), file=log, flush=True)
     except OSError as error:
