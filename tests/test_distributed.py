@@ -89,11 +89,12 @@ def test_rollouts_cost_one_gather_per_unit_and_none_while_decoding(tmp_path):
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_memory_is_as_planned(tmp_path, world):
-    """The README's formula against what processes of 1 and 2 ranks grow by (float32, Linux), within a quarter."""
+    """The README's formula against what processes of 1 and 2 ranks grow by (float32, Linux), within a quarter, or 80 MB
+    of what PyTorch itself holds on to."""
     for planned, found in Ranks(world, tmp_path, "ranks:memory").values():
         print({name: f"{planned[name] / 1e6:.0f} MB planned, {found[name] / 1e6:.0f} measured" for name in planned})
         for name in planned:
-            assert found[name] == pytest.approx(planned[name], rel=0.25), name
+            assert found[name] == pytest.approx(planned[name], rel=0.25, abs=80e6), name
 
 
 def test_bfloat16_computes_and_float32_keeps(tmp_path):
