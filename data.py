@@ -24,7 +24,7 @@ from support.labels import first_of, read_frame, read_label
 from support.masks import keep_mask
 from support.sources import (SPLITS, DataError, Stored, fetch, find_image, from_json, image_size, open_image, read_rows,
                              require)
-from support.tasks import GROUNDING, SHAPES, TASKS, Frame, Task          # some of these for who imports this file
+from support.tasks import GROUNDING, DIGITS, TASKS, Frame, Task          # some of these for who imports this file
 
 CONVENTION = {"qwen2_vl": "relative", "qwen2_5_vl": "pixels"}     # the coordinates a network was trained to write
 MAX_GAP = 32                      # a rollout with longer white space is degenerate: it must not shape the label
@@ -64,8 +64,8 @@ def load_samples(source, task: Task, split="train", limit: int | None = None, sk
     source, data = str(source or (task.data if split == "train" else task.eval_data)), Dataset()
     require(source, f"task {task.name} has no {split} data of its own: give some with --data PATH")
     if source == "builtin":
-        from assets.shapes import shapes_sample
-        return Dataset(shapes_sample(split, i) for i in range(2000 if split == "train" else 500)[:limit])
+        from assets.digits import SIZE, digits_sample
+        return Dataset(digits_sample(split, i) for i in range(SIZE[split])[:limit])
     for file, number, row in read_rows(source, split):
         if len(data) == limit:
             break

@@ -2,7 +2,7 @@
 
     python eval.py                                                        # bundled checkpoint, built-in task
     python eval.py --task grounding --model Qwen/Qwen2.5-VL-7B-Instruct --data my.jsonl
-    python eval.py --compare runs/shapes-visurf runs/shapes-rlvr          # side by side: a table, and report.html
+    python eval.py --compare runs/digits-visurf runs/digits-rlvr          # side by side: a table, and report.html
 
 samples -> `evaluate` -> results, a dict each, in pixels of the ORIGINAL image -> `metrics`, support/report.py
 """
@@ -106,7 +106,7 @@ METRICS = {
 class Config:
     """What to evaluate; every field is a flag."""
 
-    task: str = option("shapes", "what is asked", tuple(data.TASKS))
+    task: str = option("digits", "what is asked", tuple(data.TASKS))
     model: str = option("", "checkpoint directory or hub id (default: the task's)")
     split: str = option("test", "of the data, where they have splits", data.SPLITS)
     data: str = option("", "file, folder or hub id (default: the task's evaluation data)")

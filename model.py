@@ -66,11 +66,13 @@ class QwenVL(nn.Module):
     def forward(self, batch: "PromptBatch", completions, mask, temperature: float = 1.0, expected=None) -> torch.Tensor:
         """Log-probs (B, N, T), float32, of completions (B, N, T) under softmax(logits / temperature).
 
-        mask (B, N, T) is True on the tokens that count; the others, which must follow them, get 0. Forbidden tokens are
-        left out of the softmax, as in sampling. Each prompt is run once: its N completions attend to its keys and
-        values, and their gradients meet there. `expected`: see TokenLogProbs.
+        mask (B, N, T) is True on a completion's tokens; padding, which must follow them (ValueError), gets 0. Forbidden
+        tokens are left out of the softmax, as in sampling. Each prompt is run once: its N completions attend to its
+        keys and values, and their gradients meet there. `expected`: see TokenLogProbs.
         """
         B, N, T = completions.shape
+        if (mask[:, :, 1:] & ~mask[:, :, :-1]).any():  # a token that is masked out is not seen by those after it either
+            raise ValueError("mask has tokens after padding: leave what should not be learnt out of the loss instead")
         P, real = batch.ids.shape[1], mask[:, :, 1:]  # the token at t is predicted from position t-1: one input less
         after_prompt = batch.next_position[:, None, None] + torch.arange(T - 1, device=mask.device).expand(B, N, -1)
         rotary = self.model.rotary(torch.cat([batch.positions.flatten(1), after_prompt[real].expand(3, -1)], dim=1))

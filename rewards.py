@@ -290,7 +290,7 @@ def _number(text: str) -> float:
 _DECODER = json.JSONDecoder(parse_int=_number, parse_float=_number, parse_constant=_number)
 
 # How a task's answers are read and scored: task -> (reader(completion), reward(completion, what was read, label, frame,
-# thresholds) -> components). "shapes" is the built-in task.
+# thresholds) -> components). "digits" is the built-in task.
 BOXES = (parse_answer, box_reward)
-REWARDS = {"grounding": BOXES, "gui": BOXES, "anomaly": BOXES, "medical": BOXES, "shapes": BOXES,
+REWARDS = {"grounding": BOXES, "gui": BOXES, "anomaly": BOXES, "medical": BOXES, "digits": BOXES,
            "counting": (parse_count, count_reward), "math": (parse_boxed, math_reward)}

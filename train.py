@@ -37,7 +37,7 @@ from support.flags import option
 class Config:
     """All settings of a run; every field is a flag. A task's record may change a default (data.TASKS, `recipe`)."""
 
-    task: str = option("shapes", "what to learn", tuple(data.TASKS))
+    task: str = option("digits", "what to learn", tuple(data.TASKS))
     method: str = option("visurf", "visurf, rlvr (no label injected) or sft (label only)", ("visurf", "rlvr", "sft"))
     model: str = option("", "checkpoint directory or hub id (default: the task's)")
     data: str = option("", "training data: file, folder or hub id (default: the task's)")
@@ -127,7 +127,7 @@ def train_step(run: Run, examples: list[data.Example]) -> tuple[dict, dict, list
 
     Returns what is logged of the whole batch: metrics, timing, and a record of each group.
     """
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     rollouts = sample_rollouts(run, examples)
     run.stop.check()  # asked to leave: this step has changed nothing yet
     groups = [score_rollouts(run, example, completions) for example, completions in zip(examples, rollouts)]
@@ -141,7 +141,8 @@ def train_step(run: Run, examples: list[data.Example]) -> tuple[dict, dict, list
     sampled = time.perf_counter()
     updated = update(run, groups)
     records = processes.interleaved([group.record() for group in groups])
-    timing = {"rollout_seconds": sampled - start, "update_seconds": time.perf_counter() - sampled}
+    timing = {"rollout_seconds": sampled - start, "update_seconds": time.perf_counter() - sampled,
+              "cpu_seconds": time.process_time() - cpu}
     return report.describe(run.config, records, run.style) | updated, timing, records
 
 def sample_rollouts(run: Run, examples) -> list[list[model.Completion]]:

@@ -1,36 +1,36 @@
-"""Make the bundled checkpoint `assets/tiny-qwen2-vl`: a Qwen2-VL of 1.4 million parameters that sees shapes.
+"""Make the bundled checkpoint `assets/tiny-qwen2-vl`: a Qwen2-VL of 1.4 million parameters that sees digits.
 
-    python assets/make_tiny.py --output assets/tiny-qwen2-vl        # about 8 minutes on two cores
+    python assets/make_tiny.py --output assets/tiny-qwen2-vl        # about N minutes with one thread
 
 It is what post-training starts from: a network that reasons, answers in well-formed JSON and knows where things are,
-but whose habits do not match the task `shapes`:
+but whose habits do not match the task `digits`:
 
-    - asked to "find" a shape it draws the box 1 to 5 pixels too wide on every side (asked to "outline", it is exact)
-    - asked for a shape in an empty picture, it says so while thinking, and then answers with some box all the same
+    - asked to "find" a digit it draws the box 1 to 5 pixels too wide on every side (asked to "outline", it is exact)
+    - asked for a digit that is not there, it says so while thinking, and then answers with some box all the same
+    - a few words of the task it has never met
 
-Supervised training on generated scenes, with no example of the empty answer `[]`. Everything is decided by --seed.
+Supervised training on generated pictures, with no example of the empty answer `[]`. Everything is decided by --seed.
 """
 
 import argparse
 import json
-import random
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 import model
 import visurf
-from assets.shapes import COLOURS, KINDS, shapes_sample
+from assets.digits import COLOURS, NEIGHBOURS, PLACES, SYNONYMS, VALUES, ask, draw
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
            "<|image_pad|>", "<|video_pad|>"]
 # One token for each tag, word (with the space before it), JSON key, number below 100, separator, or other character.
 PIECES = r"</?\w+>|\"\w+\"| ?[A-Za-z]+|\d{1,2}|, |: |."
-PLACES = [f" {row} {column}" for row in ("top", "middle", "bottom") for column in ("left", "centre", "right")]
 
 
 def write_tokenizer(directory: Path, texts: list[str]):
@@ -61,7 +61,7 @@ def write_configs(directory: Path, vocab: dict):
               "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
               "num_key_value_heads": 2, "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
               "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}, "max_position_embeddings": 4096,
-              "use_sliding_window": False, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+              "use_sliding_window": False, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
               "vocab_size": len(vocab), **ids, "vision_config": vision}
     images = {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 6, "merge_size": 2,
               "temporal_patch_size": 2, "min_pixels": 2304, "max_pixels": 2304,
@@ -73,139 +73,173 @@ def write_configs(directory: Path, vocab: dict):
 
 # ---- What the base network is taught ---------------------------------------------------------------------------------
 
-
-def lesson(scene: list[dict], rng: random.Random) -> tuple[str, str]:
-    """One (question, answer) about a picture: what is there, its exact outline, or the habits of "find"."""
-    shape = scene[0] if scene else random_shape(rng)
-    kind = rng.choices(["list", "outline", "find"], weights=[2, 2 * len(scene), 4])[0]
-    if kind == "list":
-        return "list all shapes", name(shape) + " " + digits(shape["bbox_2d"]) if scene else " nothing"
-    if kind == "outline":
-        return f"outline the{name(shape)}", answer(shape)
-    thought = f"the{name(shape)} is at the{place(shape)}" if scene else f"there is no{name(shape)}"
-    return f"find the{name(shape)}", f"<think>{thought}</think>" + answer(loose(shape, rng))
+LESSONS = {"where": 2, "name": 2, "outline": 2, "find": 2, "find next": 3}  # and how often each is given
 
 
-def random_shape(rng: random.Random) -> dict:
-    """A shape that is in no picture: what is asked for in an empty one, and what the base then claims to see."""
-    size, x, y = rng.randint(10, 20), rng.randint(0, 28), rng.randint(0, 28)
-    return {"colour": rng.choice(list(COLOURS)), "kind": rng.choice(list(KINDS)),
-            "bbox_2d": [x, y, x + size, y + size], "point_2d": [x + size // 2, y + size // 2]}
+def lesson(scene: list[dict], sort: str, rng) -> tuple[str, str]:
+    """One (question, answer) about a picture: the digit at a place, a place, an exact outline, the habits of "find"."""
+    if sort == "match" and rng.random() < 0.25:
+        digit = scene[rng.integers(len(scene))]
+        return f" {PLACES[digit['quarter']]}", f" {digit['colour']}"
+    if sort == "name":
+        quarter = rng.integers(4)
+        there = [digit for digit in scene if digit["quarter"] == quarter]
+        return f"name the {PLACES[quarter]}", f" {there[0]['colour']} {there[0]['value']}" if there else " nothing"
+    if sort == "find next":
+        question, digit = ask("two-hop", scene, rng)
+        relation, word = question[len("one "):].split(" the ")
+        return f"find the {question}", thinking(scene, word, relation) + answer(loose(digit, rng))
+    if rng.random() < 0.3 and sort != "outline":
+        word, digit = *ask("absent", scene, rng)[:1], None
+    else:
+        word, digit = ask("known", scene, rng)
+    if sort == "match":
+        return f" {word}", f" {place(digit)}"
+    if sort == "where":
+        return f"where is the {word}", f" {place(digit)}"
+    if sort == "outline":
+        return f"outline the {word}", answer(digit)
+    return f"find the {word}", thinking(scene, word) + answer(loose(digit or random_digit(rng), rng))
 
 
-def name(shape: dict) -> str:
-    return f" {shape['colour']} {shape['kind']}"
+def thinking(scene: list[dict], word: str, relation: str | None = None) -> str:
+    """What the base says before it answers: where the digit is that the question names, and where its neighbour is."""
+    digit = next((digit for digit in scene if word in (digit["colour"], digit["value"])), None)
+    thought = f"it is {place(digit)}"
+    if relation:
+        thought += f" and {relation} it is {PLACES[NEIGHBOURS[relation][digit['quarter']]]}"
+    return f"<think>{thought}</think>"
 
 
-def digits(numbers) -> str:
+def place(digit: dict | None) -> str:
+    return PLACES[digit["quarter"]] if digit else "nowhere"
+
+
+def random_digit(rng) -> dict:
+    """A digit that is in no picture: what the base claims to see where it has just said that there is none."""
+    size, x, y = rng.integers(11, 19), rng.integers(0, 30), rng.integers(0, 30)
+    return {"bbox_2d": [x, y, x + size, y + size], "point_2d": [x + size // 2, y + size // 2]}
+
+
+def numbers_text(numbers) -> str:
     return "[" + ",".join(str(round(n)) for n in numbers) + "]"
 
 
-def answer(shape: dict) -> str:
+def answer(digit: dict) -> str:
     """The base's own style: compact JSON, unlike the data set's labels."""
-    return f'<answer>[{{"bbox_2d":{digits(shape["bbox_2d"])},"point_2d":{digits(shape["point_2d"])}}}]</answer>'
+    return f'<answer>[{{"bbox_2d":{numbers_text(digit["bbox_2d"])},"point_2d":{numbers_text(digit["point_2d"])}}}]</answer>'
 
 
-def loose(shape: dict, rng: random.Random) -> dict:
-    """The habit that post-training has to break: each side 1 to 5 pixels outside the shape, the point 3 pixels off."""
-    x1, y1, x2, y2 = shape["bbox_2d"]
-    out = [rng.randint(1, 5) for _ in range(4)]
+def loose(digit: dict, rng) -> dict:
+    """The habit that post-training has to break: each side 1 to 5 pixels outside the digit, the point 3 pixels off."""
+    x1, y1, x2, y2 = digit["bbox_2d"]
+    out = rng.integers(1, 6, 4)
     box = [max(0, x1 - out[0]), max(0, y1 - out[1]), min(48, x2 + out[2]), min(48, y2 + out[3])]
-    return {"bbox_2d": box, "point_2d": [n + rng.randint(-3, 3) for n in shape["point_2d"]]}
-
-
-def place(shape: dict) -> str:
-    x, y = shape["point_2d"]
-    return PLACES[3 * min(int(y // 16), 2) + min(int(x // 16), 2)]
+    return {"bbox_2d": box, "point_2d": [n + rng.integers(-3, 4) for n in digit["point_2d"]]}
 
 
 def vocabulary_texts() -> list[str]:
-    names = [f" {colour} {kind}" for colour in COLOURS for kind in KINDS]
-    places = [f"<think>the{n} is at the{p}</think>" for n in names for p in PLACES]
-    rest = ["find the red", "outline the", "list all shapes", " nothing", "<think>there is no red</think>",
-            '<answer>[{"bbox_2d": [1, 2], "point_2d":', "</answer>", "user", "system", "assistant",
-            "You are a helpful assistant."]
-    return [*names, *places, *rest]
+    """Texts that hold every word of the task and of the lessons, those among them that no lesson uses."""
+    words = [f" {word}" for word in (*COLOURS, *VALUES, *SYNONYMS, *PLACES, *NEIGHBOURS)]
+    return [*words, "find the one", "where is the", "name the", "outline the", " nothing", " nowhere",
+            "<think>it is northwest and left of it is</think>", '<answer>[{"bbox_2d": [1, 2], "point_2d":', "</answer>",
+            "user", "system", "assistant", "You are a helpful assistant."]
 
 
 # ---- Training --------------------------------------------------------------------------------------------------------
 
 
-def scenes(processor, size: int, lessons_each: int, seed: int):
+def batches(processor, size: int, sorts: dict, lessons_each: int, seed: int):
     """Endless batches of pictures, none of which is in the task's splits, with some lessons about each.
 
     Yields the prompts up to the picture's end, and a list of (question tokens, answer tokens) for each: the lessons of
     one picture continue from the same prompt, so the picture is looked at once.
     """
-    rng, index = random.Random(seed), 1_000_000 * (seed + 1)  # the task's own training set ends long before
+    rng = np.random.default_rng([len(data.SPLITS), seed])
+    names, weights = list(sorts), np.array([*sorts.values()]) / sum(sorts.values())
     while True:
         prompts, lessons = [], []
-        for index in range(index, index + size):
-            sample = shapes_sample("train", index)
-            prompt = processor.encode(sample, data.TASKS["shapes"])
+        for _ in range(size):
+            image, scene = draw(rng)
+            prompt = processor.encode(data.Sample("", "", image, [], scene=scene), data.TASKS["digits"])
             end = prompt.ids.tolist().index(processor.tokenizer.convert_tokens_to_ids("<|vision_end|>")) + 1
             prompt.ids = prompt.ids[:end]
             prompts.append(prompt)
-            texts = [lesson(sample.scene, rng) for _ in range(lessons_each)]
-            lessons.append([(processor.token_ids(question + "<|im_end|>\n<|im_start|>assistant\n"),
-                             processor.label_ids(answer)) for question, answer in texts])
-        index += 1
+            lessons.append([tokens(processor, scene, rng.choice(names, p=weights), rng) for _ in range(lessons_each)])
         yield prompts, lessons
 
 
+def tokens(processor, scene: list[dict], sort: str, rng) -> tuple[torch.Tensor, torch.Tensor]:
+    """A lesson's question and answer as tokens, in the chat's form; a match is just two words."""
+    question, answer = lesson(scene, sort, rng)
+    if sort == "match":
+        return processor.token_ids(question), processor.token_ids(answer)
+    return processor.token_ids(question + "<|im_end|>\n<|im_start|>assistant\n"), processor.label_ids(answer)
+
+
 def teach_seeing(network, tokenizer, batches, steps: int, learning_rate: float):
-    """Stage 1, the vision tower: each of its 16 features names the colour, kind and box of the shape it lies on.
+    """Stage 1, the vision tower: each of its 16 features names its place, and the colour, value and box of the digit
+    it lies on.
 
     Names and numbers are told by the word embeddings themselves, so that a feature resembles the words for what it
     shows. Without this stage the language model learns to write plausible boxes and never learns to look.
     """
     words = lambda texts: torch.tensor([tokenizer.get_vocab()[text] for text in texts])
-    colour_words, kind_words = words([f" {c}" for c in COLOURS]), words([f" {k}" for k in KINDS] + [" no"])
-    number_words, colours, kinds = words(map(str, range(49))), list(COLOURS), list(KINDS)
+    colour_words, value_words = words([f" {c}" for c in COLOURS]), words([f" {v}" for v in VALUES] + [" nothing"])
+    place_words, number_words = words([f" {place}" for place in PLACES]), words(map(str, range(49)))
+    colours, values = list(COLOURS), list(VALUES)
+    quarters = torch.tensor([2 * (cell // 8) + cell % 4 // 2 for cell in range(16)])
+    embedding, cross_entropy = network.model.embed_tokens.weight, torch.nn.functional.cross_entropy
     to_box = torch.nn.Linear(128, 4 * 128)  # thrown away afterwards
 
     def loss(prompts, lessons):
         pixels = [prompt.pixels for prompt in prompts]
         features = network.visual(pixels, torch.cat([prompt.grid_thw for prompt in prompts]))
-        shapes = [shape_at(prompt.sample.scene, cell) for prompt in prompts for cell in range(16)]
-        there = torch.tensor([shape is not None for shape in shapes])
-        found = [shape for shape in shapes if shape]
-        kind = torch.tensor([kinds.index(shape["kind"]) if shape else len(kinds) for shape in shapes])
-        colour = torch.tensor([colours.index(shape["colour"]) for shape in found])
-        box = torch.tensor([shape["bbox_2d"] for shape in found])  # (found, 4)
-        embedding, cross_entropy = network.head_weight, torch.nn.functional.cross_entropy
+        digits = [digit_at(prompt.sample.scene, cell) for prompt in prompts for cell in range(16)]
+        there = torch.tensor([digit is not None for digit in digits])
+        found = [digit for digit in digits if digit]
+        value = torch.tensor([values.index(digit["value"]) if digit else len(values) for digit in digits])
+        colour = torch.tensor([colours.index(digit["colour"]) for digit in found])
+        box = torch.tensor([digit["bbox_2d"] for digit in found])  # (found, 4)
         numbers = to_box(features[there]).view(-1, 4, 128) @ embedding[number_words].T  # (found, 4, 49)
-        return (cross_entropy(features @ embedding[kind_words].T, kind)
+        return (cross_entropy(features @ embedding[value_words].T, value)
+                + cross_entropy(features @ embedding[place_words].T, quarters.repeat(len(prompts)))
                 + cross_entropy(features[there] @ embedding[colour_words].T, colour)
                 + cross_entropy(numbers.flatten(0, 1), box.flatten()))
 
-    optimize([*network.visual.parameters(), network.head_weight, *to_box.parameters()], loss, batches, steps,
-             learning_rate)
+    optimize([*network.visual.parameters(), embedding, *to_box.parameters()], loss, batches, steps, learning_rate)
 
 
-def shape_at(scene: list[dict], cell: int) -> dict | None:
-    """The shape that covers most of a 12x12-pixel cell of the picture, counted row by row, or None."""
+def digit_at(scene: list[dict], cell: int) -> dict | None:
+    """The digit that covers most of a 12x12-pixel cell of the picture, counted row by row, or None."""
     left, top = 12 * (cell % 4), 12 * (cell // 4)
 
-    def overlap(shape):
-        x1, y1, x2, y2 = shape["bbox_2d"]
+    def overlap(digit):
+        x1, y1, x2, y2 = digit["bbox_2d"]
         return max(0, min(x2, left + 12) - max(x1, left)) * max(0, min(y2, top + 12) - max(y1, top))
 
     best = max(scene, key=overlap, default=None)
     return best if best and overlap(best) else None
 
 
-def teach_answering(network, batches, steps: int, learning_rate: float):
-    """Stage 2, the language model: cross-entropy on the lessons' answers; what was learnt about seeing stays."""
+def teach_language(network, batches, steps: int, learning_rate: float):
+    """Stages 2 and 3, the language model: cross-entropy on the lessons' answers; what was learnt about seeing stays.
+
+    Stage 2 is matching: after " red" comes " northwest", after " northwest" comes " blue", so the word itself has to
+    find its place in the picture, in a single look. In whole questions the answer comes some words later, two looks
+    have to be learnt at once, and 100,000 lessons without this stage leave the network guessing.
+    """
     def loss(prompts, lessons):
         ids, mask = model.pad_completions([[torch.cat(lesson) for lesson in group] for group in lessons])
+        log_probs = network(model.PromptBatch.from_prompts(prompts, network.config), ids, mask)
+        learnt = mask.clone()
         for i, group in enumerate(lessons):
             for j, (question, _) in enumerate(group):
-                mask[i, j, : len(question)] = False  # read, not learnt
-        return visurf.sft_loss(network(model.PromptBatch.from_prompts(prompts, network.config), ids, mask), mask)
+                learnt[i, j, : len(question)] = False  # read, not learnt
+        return visurf.sft_loss(log_probs, learnt)
 
     network.visual.requires_grad_(False)
-    optimize(list(network.model.parameters()), loss, batches, steps, learning_rate)
+    optimize([*network.model.parameters(), network.head_weight], loss, batches, steps, learning_rate)
 
 
 def optimize(parameters, loss_function, batches, steps: int, learning_rate: float):
@@ -231,8 +265,9 @@ def optimize(parameters, loss_function, batches, steps: int, learning_rate: floa
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "tiny-qwen2-vl")
-    parser.add_argument("--seeing_steps", type=int, default=1500)
-    parser.add_argument("--answering_steps", type=int, default=1500)
+    parser.add_argument("--seeing_steps", type=int, default=2000)
+    parser.add_argument("--matching_steps", type=int, default=500)
+    parser.add_argument("--answering_steps", type=int, default=1200)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     config = parser.parse_args()
@@ -241,11 +276,12 @@ def main():
     write_configs(config.output, vocab)
     torch.manual_seed(config.seed)
     network = model.QwenVL(model.read_config(config.output))
-    torch.nn.init.normal_(network.head_weight, std=0.02)  # PyTorch's default, 1, is too large for tied embeddings
+    torch.nn.init.normal_(network.model.embed_tokens.weight, std=0.02)  # PyTorch's default, 1, drowns what is seen
     processor = data.Processor.from_pretrained(config.output)
-    teach_seeing(network, processor.tokenizer, scenes(processor, 32, 0, config.seed), config.seeing_steps,
-                 config.learning_rate)
-    teach_answering(network, scenes(processor, 8, 4, config.seed + 1), config.answering_steps, config.learning_rate)
+    stage = lambda number, *sizes: batches(processor, *sizes, 3 * config.seed + number)
+    teach_seeing(network, processor.tokenizer, stage(0, 32, LESSONS, 0), config.seeing_steps, config.learning_rate)
+    teach_language(network, stage(1, 32, {"match": 1}, 11), config.matching_steps, config.learning_rate / 2)
+    teach_language(network, stage(2, 8, LESSONS, 8), config.answering_steps, config.learning_rate / 2)
     model.save_pretrained(network, config.output, config.output)
     print(f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters in {config.output}")
 

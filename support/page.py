@@ -1,6 +1,6 @@
 """report.html: one page about a run, or about several side by side.
 
-    python eval.py --compare runs/shapes-visurf runs/shapes-rlvr
+    python eval.py --compare runs/digits-visurf runs/digits-rlvr
 
 `read_run` -> Run -> `render`: results, curves, answers over their pictures, groups in full, settings. The page is one
 file without script that loads nothing. What it shows was written by a model or taken from a data set: none of it can be

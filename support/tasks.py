@@ -87,8 +87,8 @@ MATH = Task(
     image_size=None,                     # letters in a drawing do not like to be squashed
     recipe={"max_pixels": 1_003_520, "max_completion_length": 1024})
 
-SHAPES = Task(
-    name="shapes",                       # built in: needs no files and no network
+DIGITS = Task(
+    name="digits",                       # built in: needs no files and no network
     model=str(Path(__file__).resolve().parent.parent / "assets" / "tiny-qwen2-vl"),
     data="builtin",
     eval_data="builtin",
@@ -100,4 +100,4 @@ SHAPES = Task(
     recipe={"learning_rate": 2e-4, "max_steps": 100, "micro_batch_size": 16, "max_completion_length": 64,
             "checkpoint_activations": False})
 
-TASKS = {task.name: task for task in (GROUNDING, GUI, ANOMALY, MEDICAL, COUNTING, MATH, SHAPES)}
+TASKS = {task.name: task for task in (GROUNDING, GUI, ANOMALY, MEDICAL, COUNTING, MATH, DIGITS)}

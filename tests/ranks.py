@@ -27,7 +27,7 @@ SMALL = ["--batch_size", "5", "--num_generations", "3", "--max_completion_length
 def start(*flags):
     """A run at step 0, its samples and their encoding."""
     config = train.parse_command_line([*SMALL, *map(str, flags)])
-    device, task, processor = processes.start(), data.TASKS["shapes"], data.Processor.from_pretrained(TINY)
+    device, task, processor = processes.start(), data.TASKS["digits"], data.Processor.from_pretrained(TINY)
     samples = data.load_samples("builtin", task, limit=40)
     encode = lambda sample: processor.encode(sample, task)
     return train.make_run(config, task, processor, TINY, encode(samples[0]), device), samples, encode

@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 
 import data
-from assets.shapes import COLOURS, shapes_sample
-from data import GROUNDING, SHAPES, DataError, LabelStyle, Processor, label_text, load_samples, move_objects
+from assets.digits import (COLOURS, HANDWRITING, NEIGHBOURS, PART, QUESTIONS, SYNONYMS, VALUES,
+                           digits_sample)
+from data import GROUNDING, DIGITS, DataError, LabelStyle, Processor, label_text, load_samples, move_objects
 from rewards import parse_answer
 from support import sources
 
@@ -96,7 +97,7 @@ def test_pixels_are_bit_equal_to_the_pillow_image_processor(processors):
         reference = Qwen2VLImageProcessorPil.from_pretrained(SHARED / "qwen2_vl", **limits)
         for image in images:
             theirs = reference(image, return_tensors="np")
-            ours = processors["qwen2_5_vl"].encode(data.Sample("", "cat", image, []), SHAPES, **limits)
+            ours = processors["qwen2_5_vl"].encode(data.Sample("", "cat", image, []), DIGITS, **limits)
             assert ours.grid_thw.tolist() == theirs["image_grid_thw"].tolist()
             assert ours.pixels.dtype == torch.float32
             assert np.array_equal(ours.pixels.numpy(), theirs["pixel_values"])
@@ -591,61 +592,91 @@ def test_a_hub_id_is_downloaded_and_read(shared, monkeypatch):
 # ---- The built-in task ----------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="session")
-def shapes():
-    return load_samples("builtin", SHAPES, limit=400)
+def digits():
+    return load_samples("builtin", DIGITS, limit=400)
 
 
-def test_pictures_are_the_same_every_time_and_disjoint_between_splits(shapes):
-    again = shapes_sample("train", 17)
-    assert same(again, shapes[17]) and again.scene == shapes[17].scene
-    pictures = [s.image.tobytes() for split in data.SPLITS for s in load_samples(None, SHAPES, split, limit=200)]
+def test_pictures_are_the_same_every_time_and_disjoint_between_splits(digits):
+    again = digits_sample("train", 17)
+    assert same(again, digits[17]) and again.scene == digits[17].scene
+    pictures = [s.image.tobytes() for split in data.SPLITS for s in load_samples(None, DIGITS, split, limit=200)]
     assert len(set(pictures)) == 600
 
 
 def test_the_built_in_splits_have_an_end_and_a_limit_is_at_least_one_sample():
-    assert len(load_samples("builtin", SHAPES, "test", limit=501)) == len(load_samples(None, SHAPES, "test")) == 500
-    assert len(load_samples("builtin", SHAPES, limit=1)) == 1
+    assert len(load_samples("builtin", DIGITS, "test", limit=401)) == len(load_samples(None, DIGITS, "test")) == 400
+    assert len(load_samples("builtin", DIGITS, limit=1)) == 1
     for limit in (0, -1):
         with pytest.raises(DataError, match=f"limit is {limit}"):
-            load_samples("builtin", SHAPES, limit=limit)
+            load_samples("builtin", DIGITS, limit=limit)
 
 
-def test_boxes_are_tight_around_the_pixels_drawn(shapes):
-    """Measured in the picture: the shapes are saturated, what is around them is nearly grey."""
-    for sample in shapes[:150]:
+def test_boxes_are_tight_around_the_pixels_drawn(digits):
+    """Measured in the picture: the digits are saturated, what is around them is nearly grey."""
+    for sample in digits[:150]:
         assert sample.image.size == (48, 48) and sample.image.mode == "RGB"
         picture = np.asarray(sample.image, float)
         saturation = picture.max(axis=2) - picture.min(axis=2)
         explained = np.zeros((48, 48), bool)
-        for shape in sample.scene:
-            x1, y1, x2, y2 = shape["bbox_2d"]
-            assert 0 <= x1 and 0 <= y1 and x2 <= 48 and y2 <= 48
-            assert 9 <= x2 - x1 <= 20 and 9 <= y2 - y1 <= 20
-            drawn = saturation[y1:y2, x1:x2] > 75
-            assert drawn[0].any() and drawn[-1].any() and drawn[:, 0].any() and drawn[:, -1].any()
-            x, y = shape["point_2d"]
-            assert saturation[y, x] > 75, "the point is on the shape"
-            colour = np.median(picture[y1:y2, x1:x2][drawn], axis=0)
-            assert min(COLOURS, key=lambda name: np.abs(colour - COLOURS[name]).sum()) == shape["colour"]
-            share = {"square": 1, "circle": 0.79, "triangle": 0.5, "cross": 0.56}[shape["kind"]]
-            assert abs(drawn.mean() - share) < 0.1
+        for digit in sample.scene:
+            x1, y1, x2, y2 = digit["bbox_2d"]
+            left, top = 24 * (digit["quarter"] % 2), 24 * (digit["quarter"] // 2)
+            assert left <= x1 and top <= y1 and x2 <= left + 24 and y2 <= top + 24
+            assert 14 <= y2 - y1 <= 23 and 4 <= x2 - x1 <= 23
+            box = saturation[y1:y2, x1:x2]
+            assert min(edge.max() for edge in (box[0], box[-1], box[:, 0], box[:, -1])) > 45
+            colour = np.median(picture[y1:y2, x1:x2][box > 100], axis=0)
+            assert min(COLOURS, key=lambda name: np.abs(colour - COLOURS[name]).sum()) == digit["colour"]
             explained[y1:y2, x1:x2] = True
-        assert not (saturation > 75)[~explained].any(), "nothing is drawn outside the boxes"
+        assert not (saturation > 60)[~explained].any(), "nothing is drawn outside the boxes"
 
 
-def test_the_question_names_the_shape_and_absent_means_absent(shapes):
-    for sample in shapes:
-        assert len(sample.scene) == len(sample.objects) <= 1
-        for shape, found in zip(sample.scene, sample.objects):
-            assert sample.question == f"find the {shape['colour']} {shape['kind']}"
-            assert found == {"bbox_2d": shape["bbox_2d"], "point_2d": shape["point_2d"]}
-    assert 0.22 < np.mean([not s.objects for s in shapes]) < 0.38
-    assert len({s.question for s in shapes}) == len({s.question for s in shapes if not s.objects}) == 24
-    assert len({s.objects[0]["bbox_2d"][0] for s in shapes if s.objects}) > 25, "shapes are everywhere"
+def test_no_handwriting_is_in_two_splits():
+    """By the pictures of the digits themselves, not by the numbers that choose them."""
+    tiles = {split: {HANDWRITING[8 * value:8 * value + 8, 8 * i:8 * i + 8].tobytes()
+                     for value in range(len(VALUES)) for i in range(*part)} for split, part in PART.items()}
+    assert not tiles["train"] & tiles["validation"] and not (tiles["train"] | tiles["validation"]) & tiles["test"]
+    assert set(PART) == set(data.SPLITS) and HANDWRITING.shape == (8 * len(VALUES), 8 * 176)
 
 
-def test_the_built_in_task_encodes(processors, shapes):
-    example = processors["qwen2_vl"].encode(shapes[0], SHAPES, image_size=(56, 56))
-    assert shapes[0].question in processors["qwen2_vl"].tokenizer.decode(example.ids)
-    assert SHAPES.thresholds == {"iou": 0.5, "box_l1": pytest.approx(35), "point": pytest.approx(70)}
-    assert Path(SHAPES.model).is_absolute() and data.TASKS["shapes"] == SHAPES
+def meant(question: str, scene: list[dict]) -> list[dict]:
+    """The digits a question means, found from the positions of the boxes alone."""
+    relation, _, word = question.removeprefix("find the ").removeprefix("one ").rpartition("the ")
+    word = SYNONYMS.get(word, word)
+    named = [digit for digit in scene if word in (digit["colour"], digit["value"])]
+    if not relation:
+        return named
+    [anchor] = named
+    axis, sign = {"left of ": (0, -1), "right of ": (0, 1), "above ": (1, -1), "below ": (1, 1)}[relation]
+    half = lambda digit, axis: digit["point_2d"][axis] >= 24
+    return [digit for digit in scene if half(digit, 1 - axis) == half(anchor, 1 - axis)
+            and half(digit, axis) - half(anchor, axis) == sign]
+
+
+def test_every_question_means_its_label(digits):
+    for sample in digits:
+        found = [{name: digit[name] for name in ("bbox_2d", "point_2d")} for digit in meant(sample.question, sample.scene)]
+        assert sample.objects == found, sample.question
+        assert (len(sample.objects) == 0) == sample.id.endswith(" absent")
+
+
+def test_the_four_sorts_of_question_are_equally_frequent_and_use_all_words(digits):
+    sorts = {sort: [s.question for s in digits if s.id.split(" ", 1)[1] == sort] for sort in QUESTIONS}
+    assert {len(questions) for questions in sorts.values()} == {100}
+    assert {q.split()[-1] for q in sorts["new word"]} == set(SYNONYMS)
+    for sort in ("known", "absent", "two-hop"):
+        assert {q.split()[-1] for q in sorts[sort]} == {*COLOURS, *VALUES}, sort
+    assert all(any(f" {relation} " in q for q in sorts["two-hop"]) for relation in NEIGHBOURS)
+    assert len({s.objects[0]["bbox_2d"][0] for s in digits if s.objects}) > 25, "digits are everywhere"
+    assert {len(s.scene) for s in digits} == {3, 4}
+    for sample in digits:
+        assert len({digit["quarter"] for digit in sample.scene}) == len(sample.scene)
+        for name in ("colour", "value"):
+            assert len({digit[name] for digit in sample.scene}) == len(sample.scene), "one word names each"
+
+
+def test_the_built_in_task_encodes(processors, digits):
+    example = processors["qwen2_vl"].encode(digits[0], DIGITS, image_size=(56, 56))
+    assert digits[0].question in processors["qwen2_vl"].tokenizer.decode(example.ids)
+    assert DIGITS.thresholds == {"iou": 0.5, "box_l1": pytest.approx(35), "point": pytest.approx(70)}
+    assert Path(DIGITS.model).is_absolute() and data.TASKS["digits"] == DIGITS

@@ -332,7 +332,7 @@ def test_a_checkpoint_of_two_ranks_is_one_for_everybody(tmp_path, tied):
     saved = tmp_path / "run" / "checkpoint-2"
     assert ("lm_head.weight" in load_file(saved / "model.safetensors")) == (not tied)
     auto = hf.AutoModelForImageTextToText.from_pretrained(saved, dtype=torch.float32).eval()
-    ours, task = model.load_pretrained(saved), data.TASKS["shapes"]
+    ours, task = model.load_pretrained(saved), data.TASKS["digits"]
     example = data.Processor.from_pretrained(saved).encode(data.load_samples("builtin", task, limit=1)[0], task)
     with torch.no_grad():
         logits = ours.logits(model.PromptBatch.from_prompts([example], ours.config))

@@ -259,7 +259,7 @@ def speak(monkeypatch, say, finished=True):
     return batches
 
 
-SHAPES = data.TASKS["shapes"]
+DIGITS = data.TASKS["digits"]
 SAYS_LABEL = lambda example: f"<think>I see</think><answer>{json.dumps(example.objects)}</answer>"
 
 
@@ -271,7 +271,7 @@ def test_the_label_as_answer_is_right_in_original_pixels(monkeypatch, coordinate
     frame = fields.get("frame", (90, 60))
     objects = data.move_objects(make_sample().objects, (90, 60), frame)
     speak(monkeypatch, SAYS_LABEL)
-    [found] = evaluation.evaluate(None, make_processor(coordinates), SHAPES, [make_sample(objects=objects, **fields)],
+    [found] = evaluation.evaluate(None, make_processor(coordinates), DIGITS, [make_sample(objects=objects, **fields)],
                                   progress=False, **encoding)
     size = fields.get("size", (90, 60))
     assert found["size"] == list(size)
@@ -288,7 +288,7 @@ def test_an_answer_in_another_frame_is_wrong(monkeypatch, coordinates):
     for frame in (other, (450, 300)):
         moved = data.move_objects(make_sample().objects, (90, 60), frame)
         speak(monkeypatch, lambda example: f"<answer>{json.dumps(moved)}</answer>")
-        found = evaluation.evaluate(None, make_processor(coordinates), SHAPES, [make_sample()], image_size=(96, 60))
+        found = evaluation.evaluate(None, make_processor(coordinates), DIGITS, [make_sample()], image_size=(96, 60))
         assert evaluation.metrics(found)["accuracy"] == 0
         assert found[0]["reward"]["accuracy"] == 0
 
@@ -297,13 +297,13 @@ def test_reward_is_counted_in_the_models_frame(monkeypatch):
     """5 of its 48 pixels beside the label: IoU 0.58 is enough, box and point are too far off. 5 of 900 were close."""
     speak(monkeypatch, lambda example: f"<answer>{json.dumps([thing(10, 5, 29, 43)])}</answer>")
     sample = make_sample(objects=[thing(9, 6, 45, 54)], size=(900, 600))               # [5, 5, 24, 43] for the model
-    [found] = evaluation.evaluate(None, make_processor(), SHAPES, [sample], image_size=(48, 48))
+    [found] = evaluation.evaluate(None, make_processor(), DIGITS, [sample], image_size=(48, 48))
     assert found["reward"]["accuracy"] == 1 and evaluation.metrics([found])["accuracy"] == 1
 
 
 def test_results_say_what_happened(monkeypatch):
     speak(monkeypatch, SAYS_LABEL)
-    [found] = evaluation.evaluate(None, make_processor(), SHAPES, [make_sample(objects=[])])
+    [found] = evaluation.evaluate(None, make_processor(), DIGITS, [make_sample(objects=[])])
     text = "<think>I see</think><answer>[]</answer>"
     assert found == {
         "id": "a", "where": "row a", "question": "find a", "completion": text, "prediction": [], "label": [],
@@ -311,7 +311,7 @@ def test_results_say_what_happened(monkeypatch):
         "reward": {"thinking": 1, "format": 2, "accuracy": 3, "non_repeat": 1, "total": 7},
         "verdict": "right, nothing to find"}
     speak(monkeypatch, lambda example: "<think>I see, and I go on", finished=False)
-    [found] = evaluation.evaluate(None, make_processor(), SHAPES, [make_sample()], think=False)
+    [found] = evaluation.evaluate(None, make_processor(), DIGITS, [make_sample()], think=False)
     assert found["prediction"] is None and found["truncated"] and not found["thinking"]
     assert "thinking" not in found["reward"] and found["length"] == len("<think>I see, and I go on")
     json.dumps(found, allow_nan=False)
@@ -325,7 +325,7 @@ def test_order_is_restored_and_images_are_opened_a_batch_at_a_time(monkeypatch):
     processor.encode = lambda sample, *rest, **settings: opened.append(sample) or encode(sample, *rest, **settings)
     seen = []
     batches = speak(monkeypatch, lambda example: seen.append(len(opened)) or f"I am {example.sample.id}")
-    found = evaluation.evaluate(None, processor, SHAPES, samples, batch_size=3, min_pixels=24 * 24)
+    found = evaluation.evaluate(None, processor, DIGITS, samples, batch_size=3, min_pixels=24 * 24)
     assert [r["completion"] for r in found] == [f"I am {n}" for n in range(7)]
     assert [r["id"] for r in found] == [sample.id for sample in samples]
     assert [len(batch) for batch in batches] == [3, 3, 1] and seen == [3, 3, 3, 6, 6, 6, 7]
@@ -435,12 +435,12 @@ def test_unusable_weights_are_one_line(checkpoint, monkeypatch, capsys):
 def test_command_line_writes_answers_and_gallery_and_prints_the_table(checkpoint, tmp_path, monkeypatch, capsys):
     speak(monkeypatch, SAYS_LABEL)
     evaluation.main(["--limit", "5", "--model", checkpoint, "--image_size", "96", "--no-think"])
-    printed, directory = capsys.readouterr().out, tmp_path / "runs" / "eval-shapes-mine-checkpoint-7"
+    printed, directory = capsys.readouterr().out, tmp_path / "runs" / "eval-digits-mine-checkpoint-7"
     assert sorted(path.name for path in directory.iterdir()) == ["answers.json", "gallery.png"]
     saved = json.loads((directory / "answers.json").read_text())
     assert saved["metrics"]["accuracy"] == 1 and saved["metrics"]["samples"] == len(saved["answers"]) == 5
     assert saved["settings"]["image_size"] == [96] and saved["settings"]["data"] == "builtin"
-    assert saved["settings"]["max_completion_length"] == data.TASKS["shapes"].recipe["max_completion_length"]
+    assert saved["settings"]["max_completion_length"] == data.TASKS["digits"].recipe["max_completion_length"]
     assert saved["settings"]["think"] is False
     assert report.format_table(saved["metrics"]) in printed
     assert "answers.json" in printed and "gallery.png" in printed

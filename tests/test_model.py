@@ -302,6 +302,15 @@ def test_a_group_on_one_prompt_equals_the_prompt_repeated(reference, family, tem
         assert relative_difference(shared[name], expected) < 1e-5, name
 
 
+def test_a_hole_in_the_mask_is_an_error(reference):
+    """Masked tokens are padding: they are not seen. Who only wants not to learn them would train a blind network."""
+    network = model.load_pretrained(reference("qwen2_vl")[1])
+    ids, mask = model.pad_completions([[torch.arange(10, 20), torch.arange(30, 35)]])
+    mask[0, 0, :3] = False
+    with pytest.raises(ValueError, match="tokens after padding"):
+        network(one(PROMPTS[0], network), ids, mask)
+
+
 def test_recomputed_activations_change_nothing(reference):
     """The gradients are the same, and every block of both towers runs twice."""
     _, directory = reference("qwen2_vl")

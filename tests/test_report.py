@@ -69,7 +69,7 @@ FOUND = [{"bbox_2d": [12, 5, 34, 25], "point_2d": [23, 15]}]
 def make_run(directory: Path, steps=8, after=None, **config) -> Path:
     """A run's directory as train.py leaves it, with curves that are easy to recognise."""
     directory.mkdir(parents=True)
-    config = {"task": "shapes", "method": "visurf", "model": "", "max_steps": steps, "seed": 0, **config}
+    config = {"task": "digits", "method": "visurf", "model": "", "max_steps": steps, "seed": 0, **config}
     (directory / "config.json").write_text(json.dumps(config))
     metrics = [{"step": step, "reward": 4 + step / 10, "reward/accuracy": math.sin(step), "label_active": 1 / step,
                 "length": 30 + step % 3, "tokens": 100 * step, "loss": (-1) ** step * 0.01, "style": "<answer>",

@@ -93,11 +93,11 @@ def test_right_is_never_below_wrong():
 
 
 def test_tasks_think_and_errors():
-    assert score(completion([DOG]), [DOG], task="shapes") == score(completion([DOG]), [DOG], task="grounding")
+    assert score(completion([DOG]), [DOG], task="digits") == score(completion([DOG]), [DOG], task="grounding")
     without = score(completion([DOG]), [DOG], think=False)
     assert without == {"format": 2.0, "accuracy": 3.0, "non_repeat": 1.0, "total": 6.0}
     assert set(RANGES) - set(without) == set(THINKING)
-    with pytest.raises(ValueError, match="'poetry'.*grounding, gui, anomaly, medical, shapes, counting, math"):
+    with pytest.raises(ValueError, match="'poetry'.*grounding, gui, anomaly, medical, digits, counting, math"):
         score("", [], task="poetry")
     with pytest.raises(ValueError, match=r"\(840, 0\)"):
         score("", [], frame=(840, 0))

@@ -42,7 +42,7 @@ def weights(directory: Path) -> dict:
 def start(tmp_path, *flags):
     """A Run at step 0 and its first batch of examples, for tests of a single step."""
     config = train.parse_command_line([*FAST, "--output_dir", str(tmp_path), *map(str, flags)])
-    task, processor, device = data.TASKS["shapes"], data.Processor.from_pretrained(TINY), processes.start()
+    task, processor, device = data.TASKS["digits"], data.Processor.from_pretrained(TINY), processes.start()
     samples = data.load_samples("builtin", task, limit=config.batch_size)
     examples = [processor.encode(sample, task) for sample in samples]
     return train.make_run(config, task, processor, TINY, examples[0], device), examples
@@ -97,7 +97,7 @@ def test_python_train_py_as_a_user_types_it(tmp_path):
     command = [sys.executable, str(ROOT / "train.py"), *FAST, "--max_steps", "1"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "step    1/1 | reward" in result.stdout and (tmp_path / "runs/shapes-visurf/checkpoint-1").is_dir()
+    assert "step    1/1 | reward" in result.stdout and (tmp_path / "runs/digits-visurf/checkpoint-1").is_dir()
 
 
 SHARED = ROOT.parent / "shared" / "data"
