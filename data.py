@@ -43,7 +43,7 @@ class Sample:
     size: Frame | None = None            # of the original, in whose pixels predictions are reported; None: as the image
     solution: str | None = None          # the label's text, where the data set has one
     where: str = ""                      # "file, row 3"
-    scene: list[dict] | None = None      # built-in pictures: colour, kind, bbox_2d and point_2d of every shape
+    scene: list[dict] | None = None      # built-in pictures: what stands where, see assets/digits.py
     mask: object = None                  # where the data set has one: see support/masks.py
 
 class Dataset(list):

@@ -52,9 +52,9 @@ RUNS, RESULTS, FIGURE = Path("runs/study"), ROOT / "assets/study.json", ROOT / "
 BASES = {"A": ROOT / "assets/tiny-qwen2-vl", "B": RUNS / "base-B"}
 BASE_SEED = {"B": 1}  # of assets/make_tiny.py; A is bundled, with seed 0
 SEEDS, SEARCH_SEEDS = range(5), (100,)
-STEPS, EVAL_STEPS, EVAL_SAMPLES = 120, 30, 200
-RATES = (1e-4, 2e-4, 4e-4, 8e-4)  # tried for every method on base A; of two stages, for the second
-CHOSEN = {"sft": 4e-4, "rlvr": 2e-4, "sft-rlvr": 2e-4, "visurf": 2e-4}  # by the search: see choose_rates
+STEPS, BATCH, EVAL_STEPS, EVAL_SAMPLES = 240, 8, 60, 200
+RATES = (5e-5, 1e-4, 2e-4, 4e-4)  # tried for every method on base A; of two stages, for the second
+CHOSEN = {"sft": 2e-4, "rlvr": 2e-4, "sft-rlvr": 2e-4, "visurf": 2e-4}  # by the search: see choose_rates
 # Steps that cost as many seconds as visurf's, by the runs of the search
 COMPUTE = {"sft": (400,), "sft-rlvr": (200, 50)}
 CONTROLS = {"visurf-unaligned": "--no-align_label", "visurf-thinking": "--no-drop_thinking_reward",
@@ -117,8 +117,8 @@ def run_job(job: Job):
         for number, (method, steps, rate, *flags) in enumerate(job.stages, 1):
             output = job.directory / f"stage-{number}"
             command = {"method": method, "model": checkpoint, "max_steps": steps, "learning_rate": rate,
-                       "seed": job.seed, "eval_samples": EVAL_SAMPLES * part_of_test, "eval_steps": EVAL_STEPS,
-                       "save_steps": 50, "output_dir": output}
+                       "batch_size": BATCH, "seed": job.seed, "eval_samples": EVAL_SAMPLES * part_of_test,
+                       "eval_steps": EVAL_STEPS, "save_steps": EVAL_STEPS, "output_dir": output}
             command = [str(word) for name, value in command.items() for word in (f"--{name}", value)]
             try:
                 train.main([*command, *flags, "--resume"])
