@@ -97,7 +97,7 @@ DIGITS = Task(
     think_format="",
     answer_format="",
     thresholds={"iou": 0.5, "box_l1": 2 * 840 / 48, "point": 4 * 840 / 48},     # 2 and 4 pixels of 48
-    recipe={"learning_rate": 2e-4, "max_steps": 100, "micro_batch_size": 16, "max_completion_length": 64,
-            "checkpoint_activations": False})
+    recipe={"learning_rate": 2e-4, "max_steps": 240, "batch_size": 8, "micro_batch_size": 8,
+            "max_completion_length": 64, "checkpoint_activations": False})
 
 TASKS = {task.name: task for task in (GROUNDING, GUI, ANOMALY, MEDICAL, COUNTING, MATH, DIGITS)}

@@ -104,7 +104,6 @@ def jobs_of(part: str) -> list[Job]:
 def run_jobs(jobs: list[Job]):
     """Run what has no result yet, a process for each core, forked from this one, which has imported everything."""
     waiting = [job for job in jobs if not (job.directory / "result.json").exists()]
-    torch.set_num_threads(1)  # here already: a process with several threads must not be forked
     with multiprocessing.get_context("fork").Pool(os.cpu_count(), maxtasksperchild=1) as pool:
         for _ in tqdm(pool.imap_unordered(run_job, waiting, chunksize=1), "runs", len(waiting)):
             pass
@@ -264,9 +263,10 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def method_table(results: list[dict], base: dict) -> str:
-    """A row for each arm, mean ± sd over seeds and bases, in percent; the base checkpoints first."""
-    rows = [["base checkpoints", *(spread([b[name] for b in base.values()]) for name in COLUMNS), "–", "–"]]
+def method_table(results: list[dict], bases: dict) -> str:
+    """A row for each arm, mean ± sd over its runs, in percent, and one for each base checkpoint; seconds of training."""
+    rows = [[f"base {name}", *(spread([numbers[column]]) for column in COLUMNS), "–", "–"]
+            for name, numbers in bases.items()]
     for arm, runs in grouped(results).items():
         rows.append([arm, *(spread([run[name] for run in runs]) for name in COLUMNS),
                      *(spread([run[name] for run in runs], False) for name in ("seconds", "cpu_seconds"))])
@@ -296,16 +296,15 @@ def comparisons(results: list[dict], against: list[dict]) -> str:
     return markdown(["", "mean of the four", *QUESTIONS, "thinking", "retention"], rows)
 
 
-def control_table(results: list[dict]) -> str:
-    """ViSurf with and without each control on base A, with what the logs say, as means over all steps."""
+def log_table(results: list[dict]) -> str:
+    """What the logs say of the label and the rollouts: means over all steps, and over the last 20."""
     rows = []
     for arm, runs in grouped(results).items():
-        logged = [spread([run[name] for run in runs]) for name in ("label_active", "label_active at the end")]
-        logged.append(spread([run["label_advantage"] for run in runs], False).replace(".0 ± ", ".0 ± "))
-        logged += [spread([run[name] for run in runs]) for name in ("reward/thinking", "reward/thinking at the end")]
-        rows.append([arm, *(spread([run[name] for run in runs]) for name in COLUMNS), *logged, f"`{runs[0]['label']}`"])
-    return markdown(["", *COLUMNS.values(), "label active", "in the last 20 steps", "label advantage",
-                     "rollouts that think", "in the last 20 steps", "a label"], rows)
+        column = lambda name, percent=True: spread([run[name] for run in runs], percent)
+        rows.append([arm, column("label_active"), column("label_active at the end"), column("label_advantage", False),
+                     column("reward/thinking"), column("reward/thinking at the end"), f"`{runs[0]['label']}`"])
+    return markdown(["", "label active", "at the end", "label advantage", "rollouts that think", "at the end",
+                     "the last label"], rows)
 
 
 def draw_curves(results: list[dict], path: Path):
@@ -345,21 +344,23 @@ def choose_rates(results: list[dict]) -> str:
     return markdown(["validation split", *(f"{rate:g}" for rate in RATES)], rows)
 
 
-def report(results: list[dict], bases: dict) -> str:
-    """All tables as Markdown."""
+def report(results: list[dict], bases: dict) -> dict[str, str]:
+    """All tables, as Markdown, by title."""
     part = {name: [result for result in results if result["part"] == name] for name in PARTS}
     visurf = [run for run in part["steps"] if run["arm"] == "visurf"]
-    texts = [("Learning rates", choose_rates(part["search"]))] if part["search"] else []
-    if part["steps"]:
-        texts += [(f"Equal optimizer steps ({STEPS})", method_table(part["steps"], bases)),
-                  ("Paired differences", comparisons([run for run in part["steps"] if run not in visurf], visurf))]
+    rivals, tables = [run for run in part["steps"] if run not in visurf], {}
+    if part["search"]:
+        tables["Search"] = choose_rates(part["search"])
+    if visurf and rivals:
+        tables["Equal steps"] = method_table(part["steps"], bases)
+        tables["Equal steps, paired"] = comparisons(rivals, visurf)
     if part["compute"]:
-        texts += [("Equal compute", method_table(part["compute"] + visurf, bases)),
-                  ("Paired differences", comparisons(part["compute"], visurf))]
+        tables["Equal compute"] = method_table(part["compute"] + visurf, {})
+        tables["Equal compute, paired"] = comparisons(part["compute"], visurf)
     if part["controls"]:
-        same = [run for run in visurf if run["base"] == "A"]
-        texts += [("Without each control", control_table(same + part["controls"]))]
-    return "\n\n".join(f"**{title}**\n\n{text}" for title, text in texts)
+        runs = [run for run in visurf if run["base"] == "A"] + part["controls"]
+        tables["Controls"], tables["Controls, logs"] = method_table(runs, {}), log_table(runs)
+    return tables
 
 
 PARTS = ("search", "steps", "controls", "compute")
@@ -383,13 +384,14 @@ def main(argv=None):
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to run (default: all)")
     parser.add_argument("--report", action="store_true", help="run nothing, show what is there")
     config = parser.parse_args(argv)
-    bases = prepare_bases()
-    start = time.time()
+    torch.set_num_threads(1)  # here already: a process with several threads must not be forked
+    bases, start = prepare_bases(), time.time()
     for part in () if config.report else config.parts:
         run_jobs(jobs_of(part))
         print(f"{part}: {time.time() - start:.0f} s since the start")
     results = collect(bases)
-    print(report(results["runs"], results["bases"]))
+    for title, table in report(results["runs"], results["bases"]).items():
+        print(f"\n{title}\n\n{table}")
     draw_curves([run for run in results["runs"] if run["part"] == "steps"], FIGURE)
 
 
