@@ -20,7 +20,7 @@ import train
 from support import checkpoints, processes
 
 TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny-qwen2-vl"
-SMALL = ["--batch_size", "5", "--num_generations", "3", "--max_completion_length", "48", "--temperature", "1.3",
+SMALL = ["--batch_size", "5", "--num_generations", "3", "--max_completion_length", "48", "--temperature", "2.0",
          "--learning_rate", "2e-4"]
 
 
@@ -65,7 +65,7 @@ def three_steps(settings: dict) -> dict:
     """For each list of flags by name: metrics and records of three steps, and the weights then.
 
     Some groups have no signal, and rollouts differ in style."""
-    train.score, results = without_signal("red", train.score), {}
+    train.score, results = without_signal("one", train.score), {}
     for name, flags in settings.items():
         run, samples, encode = start(*flags)
         run.processor.decode = in_two_styles(run.processor.decode)

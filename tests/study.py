@@ -228,10 +228,11 @@ def shorten(value):
         float(f"{value:.6g}") if isinstance(value, float) else value)
 
 
-def spread(values, percent=True) -> str:
-    """Mean ± sample standard deviation over runs."""
-    values = np.array(values) * (100 if percent else 1)
-    return f"{values.mean():.1f} ± {values.std(ddof=1):.1f}" if len(values) > 1 else f"{values.mean():.1f}"
+def spread(values, scale: float = 100, digits: int = 1) -> str:
+    """Mean ± sample standard deviation over runs; in percent, if not told otherwise."""
+    values = scale * np.array(values)
+    mean = f"{values.mean():.{digits}f}"
+    return f"{mean} ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else mean
 
 
 def sign_flip_test(differences) -> float:
@@ -269,7 +270,7 @@ def method_table(results: list[dict], bases: dict) -> str:
             for name, numbers in bases.items()]
     for arm, runs in grouped(results).items():
         rows.append([arm, *(spread([run[name] for run in runs]) for name in COLUMNS),
-                     *(spread([run[name] for run in runs], False) for name in ("seconds", "cpu_seconds"))])
+                     *(spread([run[name] for run in runs], 1, 0) for name in ("seconds", "cpu_seconds"))])
     return markdown(["", *COLUMNS.values(), "seconds", "CPU seconds"], rows)
 
 
@@ -300,8 +301,8 @@ def log_table(results: list[dict]) -> str:
     """What the logs say of the label and the rollouts: means over all steps, and over the last 20."""
     rows = []
     for arm, runs in grouped(results).items():
-        column = lambda name, percent=True: spread([run[name] for run in runs], percent)
-        rows.append([arm, column("label_active"), column("label_active at the end"), column("label_advantage", False),
+        column = lambda name, *form: spread([run[name] for run in runs], *form)
+        rows.append([arm, column("label_active"), column("label_active at the end"), column("label_advantage", 1, 2),
                      column("reward/thinking"), column("reward/thinking at the end"), f"`{runs[0]['label']}`"])
     return markdown(["", "label active", "at the end", "label advantage", "rollouts that think", "at the end",
                      "the last label"], rows)

@@ -77,7 +77,7 @@ def test_tables_say_means_spreads_and_paired_differences():
     runs = [result("sft", seed, overall=0.5 + 0.1 * seed) for seed in range(3)]
     ours = [result("visurf", seed, overall=0.7 + 0.1 * seed) for seed in (2, 0, 1)]
     row = study.method_table(runs, {"A": result("", 0)}).splitlines()[-1]
-    assert row.startswith("| sft | 50.0 ± 0.0 |") and "| 60.0 ± 10.0 |" in row and row.endswith("| 10.0 ± 0.0 | 11.0 ± 0.0 |")
+    assert row.startswith("| sft | 50.0 ± 0.0 |") and "| 60.0 ± 10.0 |" in row and row.endswith("| 10 ± 0 | 11 ± 0 |")
     assert "| visurf − sft | +20.0 (p = 0.250) **open** | +0.0 (p = 1.000) |" in study.comparisons(runs, ours)
 
 
