@@ -18,7 +18,7 @@ COLOURS = {"red": (215, 40, 40), "green": (40, 165, 60), "blue": (45, 80, 225), 
            "purple": (150, 55, 190), "cyan": (50, 200, 215)}
 VALUES = ("zero", "one", "two", "three", "four", "five")
 HANDWRITING = np.asarray(Image.open(Path(__file__).parent / "digits.png").convert("L"))  # a row for each value
-PART = {"train": (0, 120), "validation": (120, 148), "test": (148, 176)}                 # no handwriting is in two splits
+PART = {"train": (0, 120), "validation": (120, 148), "test": (148, 176)}                 # none is in two splits
 SYNONYMS = {"crimson": "red", "azure": "blue", "pair": "two", "trio": "three"}           # words the base never met
 PLACES = ("northwest", "northeast", "southwest", "southeast")                            # of quarter 0, 1, 2, 3
 NEIGHBOURS = {"left of": {1: 0, 3: 2}, "right of": {0: 1, 2: 3}, "above": {2: 0, 3: 1}, "below": {0: 2, 1: 3}}
@@ -86,7 +86,7 @@ def draw(rng, split: str = "train") -> tuple[Image.Image, list[dict]]:
 
 
 def write(value: int, which: int, size: int) -> np.ndarray:
-    """A digit as (height, width) of ink from 0 to 1, cut off tightly around what is written; size: of its 8x8 pixels."""
+    """A digit as (height, width) of ink from 0 to 1, cut tightly around what is written; size: of its 8x8 pixels."""
     tile = Image.fromarray(HANDWRITING[8 * value:8 * value + 8, 8 * which:8 * which + 8])
     ink = np.asarray(tile.resize((size, size), Image.Resampling.BICUBIC)) / 255
     ys, xs = np.nonzero(ink > 0.35)

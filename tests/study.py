@@ -2,7 +2,7 @@
 
     python tests/study.py                     # everything; what is done is not done again
     python tests/study.py --parts steps       # one part of it: search, steps, compute, controls
-    python tests/study.py --report            # nothing but tables and figure of what is there
+    python tests/study.py --report            # tables and figure again; of the published results, if there are no own
 
 Four methods on the built-in task, from two base checkpoints that differ by their seed:
 
@@ -12,7 +12,8 @@ Four methods on the built-in task, from two base checkpoints that differ by thei
 Parts: `search` tries each method's learning rates on the validation split; `steps` gives each method as many optimizer
 steps, `compute` as many seconds, `controls` takes one reward control at a time from visurf. A run is a process of one
 thread. Its directory, runs/study/PART/ARM-BASE-SEED, holds train.py's files and result.json; all results together go to
-assets/study.json, from which the tables and assets/study.png are drawn. Needs matplotlib for the picture.
+runs/study/study.json, from which the tables and study.png are made. Those of the README are in assets/. The picture
+needs matplotlib.
 
 Decided before the runs of `steps`, `compute` and `controls`: the main number is the mean accuracy of the four sorts of
 question on the test split ("mean of the four"), the second one is retention. ViSurf minus a rival, paired by base and
@@ -48,10 +49,10 @@ from assets.digits import QUESTIONS, draw
 
 # ---- Settings, fixed before the runs they are for --------------------------------------------------------------------
 
-RUNS, RESULTS, FIGURE = Path("runs/study"), ROOT / "assets/study.json", ROOT / "assets/study.png"
+RUNS, PUBLISHED = Path("runs/study"), ROOT / "assets/study.json"
 BASES = {"A": ROOT / "assets/tiny-qwen2-vl", "B": RUNS / "base-B"}
 BASE_SEED = {"B": 1}  # of assets/make_tiny.py; A is bundled, with seed 0
-SEEDS, SEARCH_SEEDS = range(5), (100,)
+SEEDS, COMPUTE_SEEDS, SEARCH_SEEDS = range(5), range(4), (100,)
 STEPS, BATCH, EVAL_STEPS, EVAL_SAMPLES = 240, 8, 60, 200
 RATES = (5e-5, 1e-4, 2e-4, 4e-4)  # tried for every method on base A; of two stages, for the second
 CHOSEN = {"sft": 2e-4, "rlvr": 1e-4, "sft-rlvr": 5e-5, "visurf": 2e-4}  # the best of the search
@@ -93,9 +94,9 @@ def jobs_of(part: str) -> list[Job]:
                 for seed in SEARCH_SEEDS for arm in CHOSEN for rate in RATES]
     if part == "controls":
         return [Job(part, arm, "A", seed, stages(arm, CHOSEN)) for seed in SEEDS for arm in CONTROLS]
-    steps = COMPUTE if part == "compute" else dict.fromkeys(CHOSEN)
+    steps, seeds = (COMPUTE, COMPUTE_SEEDS) if part == "compute" else (dict.fromkeys(CHOSEN), SEEDS)
     return [Job(part, arm, base, seed, stages(arm, CHOSEN, steps[arm]))
-            for seed in SEEDS for base in BASES for arm in steps]
+            for seed in seeds for base in BASES for arm in steps]
 
 
 # ---- Running ---------------------------------------------------------------------------------------------------------
@@ -211,13 +212,12 @@ def read_curve(job: Job) -> list[dict]:
 # ---- What came of it -------------------------------------------------------------------------------------------------
 
 
-def collect(bases: dict) -> dict:
-    """All results that there are, in the order of the parts; written to RESULTS too."""
+def collect(bases: dict):
+    """Write all results that there are, in the order of the parts, into one file."""
     paths = [job.directory / "result.json" for part in PARTS for job in jobs_of(part)]
-    results = {"bases": bases, "runs": [json.loads(path.read_text()) for path in paths if path.exists()]}
-    lines = ",\n".join(json.dumps(shorten(run)) for run in results["runs"])
-    RESULTS.write_text(f'{{"bases": {json.dumps(shorten(bases))},\n"runs": [\n{lines}\n]}}\n')
-    return json.loads(RESULTS.read_text())
+    runs = [shorten(json.loads(path.read_text())) for path in paths if path.exists()]
+    lines = ",\n".join(map(json.dumps, runs))
+    (RUNS / "study.json").write_text(f'{{"bases": {json.dumps(shorten(bases))},\n"runs": [\n{lines}\n]}}\n')
 
 
 def shorten(value):
@@ -334,6 +334,7 @@ def draw_curves(results: list[dict], path: Path):
     figure.supxlabel("optimizer steps")
     figure.supylabel("held-out questions, %")
     figure.savefig(path, dpi=100)
+    print(f"\n{path}")
 
 
 def choose_rates(results: list[dict]) -> str:
@@ -356,8 +357,9 @@ def report(results: list[dict], bases: dict) -> dict[str, str]:
         tables["Equal steps"] = method_table(part["steps"], bases)
         tables["Equal steps, paired"] = comparisons(rivals, visurf)
     if part["compute"]:
-        tables["Equal compute"] = method_table(part["compute"] + visurf, {})
-        tables["Equal compute, paired"] = comparisons(part["compute"], visurf)
+        same = [run for run in visurf if run["seed"] in COMPUTE_SEEDS]
+        tables["Equal compute"] = method_table(part["compute"] + same, {})
+        tables["Equal compute, paired"] = comparisons(part["compute"], same)
     if part["controls"]:
         runs = [run for run in visurf if run["base"] == "A"] + part["controls"]
         tables["Controls"], tables["Controls, logs"] = method_table(runs, {}), log_table(runs)
@@ -372,7 +374,8 @@ def prepare_bases() -> dict:
     for name, seed in BASE_SEED.items():
         if not (BASES[name] / "model.safetensors").exists():
             command = [sys.executable, str(ROOT / "assets/make_tiny.py"), "--seed", str(seed)]
-            subprocess.run([*command, "--output", str(BASES[name])], check=True)
+            one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as the published one: more would add in another order
+            subprocess.run([*command, "--output", str(BASES[name])], check=True, env=one_thread)
     path = RUNS / "bases.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -385,15 +388,20 @@ def main(argv=None):
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to run (default: all)")
     parser.add_argument("--report", action="store_true", help="run nothing, show what is there")
     config = parser.parse_args(argv)
-    torch.set_num_threads(1)  # here already: a process with several threads must not be forked
-    bases, start = prepare_bases(), time.time()
-    for part in () if config.report else config.parts:
-        run_jobs(jobs_of(part))
-        print(f"{part}: {time.time() - start:.0f} s since the start")
-    results = collect(bases)
+    if not config.report:
+        torch.set_num_threads(1)  # here already: a process with several threads must not be forked
+        bases, start = prepare_bases(), time.time()
+        for part in config.parts:
+            run_jobs(jobs_of(part))
+            print(f"{part}: {time.time() - start:.0f} s since the start")
+        collect(bases)
+    source = RUNS / "study.json" if (RUNS / "study.json").exists() else PUBLISHED
+    results = json.loads(source.read_text())
+    print(f"from {source}")
     for title, table in report(results["runs"], results["bases"]).items():
         print(f"\n{title}\n\n{table}")
-    draw_curves([run for run in results["runs"] if run["part"] == "steps"], FIGURE)
+    RUNS.mkdir(parents=True, exist_ok=True)
+    draw_curves([run for run in results["runs"] if run["part"] == "steps"], RUNS / "study.png")
 
 
 if __name__ == "__main__":

@@ -655,8 +655,8 @@ def meant(question: str, scene: list[dict]) -> list[dict]:
 
 def test_every_question_means_its_label(digits):
     for sample in digits:
-        found = [{name: digit[name] for name in ("bbox_2d", "point_2d")} for digit in meant(sample.question, sample.scene)]
-        assert sample.objects == found, sample.question
+        found = meant(sample.question, sample.scene)
+        assert sample.objects == [{name: digit[name] for name in ("bbox_2d", "point_2d")} for digit in found]
         assert (len(sample.objects) == 0) == sample.id.endswith(" absent")
 
 
