@@ -91,11 +91,12 @@ def test_the_readmes_python_runs():
 
 def test_every_flag_the_readme_names_exists(capsys):
     import bench
+    import study
     import eval as evaluate
     import train
 
     known = set(re.findall(r"--[\w-]+", torch.distributed.run.get_args_parser().format_help()))
-    for command in (train, evaluate, bench):
+    for command in (train, evaluate, bench, study):
         with pytest.raises(SystemExit):
             command.main(["--help"])
         known |= set(re.findall(r"--[\w-]+", capsys.readouterr().out))
