@@ -1,323 +1,435 @@
-"""Data: samples from files or built in, images, prompts, labels. Tasks are in support/tasks.py.
+"""Data: one sample's way from a row of a file to what the network reads.
 
-The way of one sample: Sample (image, question, label) → Processor.encode → Example (ids, pixels, grid_thw, label).
+    row -> load_samples -> Sample (image, question, label) -> Processor.encode -> Example
 
-A label is a list of objects {"bbox_2d": [x1, y1, x2, y2], "point_2d": [x, y]}; [] says that there is nothing to find.
-A task that asks for a number or for words has text instead. A box is x2 - x1 wide: its corners lie between pixels.
-Every set of coordinates has a *frame*, the (width, height) its numbers run to: pixels of the original image, pixels of
-the image sent to the model, 0 to 1000. `move_objects` goes from frame to frame.
+A label is a list of objects {"bbox_2d": [x1, y1, x2, y2], "point_2d": [x, y]}, [] if nothing is
+there, or else a text. A box is x2 - x1 wide: its corners lie between pixels. Coordinates run to a
+frame, a (width, height): that of the original image, of the resized one, or (1000, 1000).
 """
 
+import base64
 import json
-import math
+import os
 import re
-from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
+from string import ascii_uppercase
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
-from rewards import read_answer, split_completion
-from support.labels import first_of, read_frame, read_label
-from support.masks import keep_mask
-from support.sources import (SPLITS, DataError, Stored, fetch, find_image, from_json, image_size, open_image, read_rows,
-                             require)
-from support.tasks import GROUNDING, DIGITS, TASKS, Frame, Task          # some of these for who imports this file
+import rewards
 
-CONVENTION = {"qwen2_vl": "relative", "qwen2_5_vl": "pixels"}     # the coordinates a network was trained to write
-MAX_GAP = 32                      # a rollout with longer white space is degenerate: it must not shape the label
+ASSETS = Path(__file__).resolve().parent / "assets"
+COLUMNS = {"id", "image_id", "problem", "text", "solution", "bbox", "answer", "count", "choices",
+           "frame", "img_width", "img_height", "image", "images"}      # see docs/data.md
+# Answers count in "pixels" of the image that the model sees, or run from 0 to 1000 ("relative").
+COORDINATES = {"qwen2_vl": "relative", "qwen2_5_vl": "pixels", "qwen3_vl": "relative"}
 
-# ---- Samples ---------------------------------------------------------------------------------------------------------
 
+class DataError(ValueError):
+    """A user's mistake, in one line: where it is, what is wrong, and the remedy."""
+
+    def __init__(self, message):
+        super().__init__(printable(" ".join(str(message).split())))
+
+
+def require(condition, message: str):
+    """Raise DataError unless the condition holds."""
+    if not condition:
+        raise DataError(message)
+
+
+def printable(text: str) -> str:
+    """A text with its control characters escaped: raw, they could take over the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
+# ---- Tasks ---------------------------------------------------------------------------------------
+BOXES = ("For each give its bounding box [x1, y1, x2, y2] and one point [x, y] on it, in whole "
+         "numbers: x runs from 0 at the left edge to {width} at the right, y from 0 at the top "
+         "to {height} at the bottom. If there is nothing to find, the list is []. ")
+FIND = 'Find everything in the image that matches "{question}". ' + BOXES
+THINK = ("First reason about what you see, between <think> and </think>. Then write the answer, "
+         "between <answer> and </answer>. For example: <think>your reasoning</think>{example}")
+ANSWER = "Write only the answer, between <answer> and </answer>. For example: {example}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is asked, and how: wording, label columns, metrics, defaults. docs/data.md adds one."""
+
+    name: str
+    instruction: str = FIND
+    # After the instruction comes how to answer, with this example; "": nothing comes after it.
+    example: str = '<answer>[{"bbox_2d": [120, 85, 480, 571], "point_2d": [310, 352]}]</answer>'
+    model: str = "Qwen/Qwen2-VL-2B-Instruct"
+    data: str = ""                # default data for training; "" if there is none
+    eval_data: str = ""
+    columns: tuple = ("solution", "bbox")     # the label is in the first that a row has
+    metrics: tuple = ("accuracy", "gIoU", "cIoU", "N-Acc")     # see eval.py; the main one first
+    image_size: tuple | None = (840, 840)     # every image is resized to this; None: keep its shape
+    thresholds: rewards.Thresholds = rewards.Thresholds()
+    recipe: dict = field(default_factory=dict)        # where train.py's defaults do not suit
+
+
+TASKS = {task.name: task for task in (
+    Task("grounding", data="Ricky06662/ViSurf_multi_non_object_7300_size840",
+         eval_data="Ricky06662/grefcoco_val_all"),
+    Task("gui", 'Find the one element of this screen to click for this: "{question}". ' + BOXES,
+         metrics=("point_in_box", "accuracy", "gIoU")),
+    Task("anomaly", 'Find every defect of the object in the image: "{question}". ' + BOXES,
+         metrics=("anomaly_acc", "ROC-AUC", "accuracy", "gIoU", "cIoU")),
+    Task("medical"),
+    Task("counting", FIND + "Where there is too much to list, write just their number. ",
+         data="Ricky06662/VisionReasoner_multi_object_7k_840",
+         eval_data="Ricky06662/counting_pixmo_test",
+         columns=("solution", "bbox", "answer", "count"), metrics=("count_acc", "MAE", "RMSE")),
+    # Images keep their shape: a squashed drawing has other angles.
+    Task("math", "{question}\nLook at the image, and put the final answer into \\boxed{{}}. ",
+         data="hiyouga/geometry3k", eval_data="hiyouga/geometry3k", image_size=None,
+         example=r"<answer>\boxed{24}</answer>", columns=("answer", "solution"),
+         metrics=("accuracy",), recipe={"max_pixels": 1_003_520, "max_completion_length": 1024}),
+    # Bundled: its small network knows some hundred words. Thresholds: 2 and 4 pixels of 48.
+    Task("digits", "{question}", example="", model=str(ASSETS / "tiny-qwen2-vl"),
+         data=str(ASSETS / "digits"), eval_data=str(ASSETS / "digits"), image_size=(48, 48),
+         thresholds=rewards.Thresholds(box_l1=2 * 840 / 48, point=4 * 840 / 48),
+         recipe={"learning_rate": 2e-4, "max_steps": 240, "batch_size": 8, "micro_batch_size": 8,
+                 "max_completion_length": 64, "checkpoint_activations": False}),
+)}
+
+
+# ---- From rows to samples ------------------------------------------------------------------------
 @dataclass
 class Sample:
     """A question about an image, and its label."""
 
     id: str
     question: str
-    image: Image.Image | bytes | Path | Stored               # see `open_image`
-    objects: list[dict] | str            # the label: objects in `frame`, or what stands between the answer tags
-    frame: Frame | None = None           # None: pixels of the image, after EXIF rotation
-    size: Frame | None = None            # of the original, in whose pixels predictions are reported; None: as the image
-    solution: str | None = None          # the label's text, where the data set has one
-    where: str = ""                      # "file, row 3"
-    scene: list[dict] | None = None      # built-in pictures: what stands where, see assets/digits.py
-    mask: object = None                  # where the data set has one: see support/masks.py
+    image: object                 # a path, a Pillow image, or a function that returns one
+    label: list[dict] | str       # objects, or the text between the answer tags
+    frame: tuple                  # the label's coordinates run to this
+    size: tuple                   # of the original image, in whose pixels predictions are reported
+    where: str = ""               # file and row
+    solution: str | None = None   # the label as the data set wrote it, if that is JSON text
+    choices: list | None = None   # the texts of A, B, ...
+
 
 class Dataset(list):
-    """Samples, and the numbers of bad rows skipped and of label objects clipped to their image."""
+    """Samples, and how many bad rows were skipped."""
 
-    skipped = clipped = 0
+    skipped = 0
 
-def load_samples(source, task: Task, split="train", limit: int | None = None, skip_bad_rows=False) -> Dataset:
-    """Read and check the samples of a source, or the first `limit`; DataError at a bad row unless those are skipped.
 
-    source: "builtin", a .jsonl, .json, .parquet or .arrow file, a folder of .parquet or .jsonl files or one that
-        `save_to_disk` wrote, a hub id, or None for the task's own. Images of Parquet and Arrow files stay on disk.
-    Columns: image, problem, solution (training: pixels of the stored image; img_width, img_height of the original) or
-        image, text, bbox (test: original pixels; one box, several, or []); Task.columns has the other labels. `frame`
-        says what coordinates run to, such as [1000, 1000]. Image paths start where the file is.
+def load_samples(source, task: Task, split="train", limit=None, skip_bad_rows=False) -> Dataset:
+    """Read and check the samples of a source, or the first `limit`; images are decoded later.
+
+    source: a .jsonl or .parquet file, a folder, a hub id, or None for the task's own data. The
+    first bad row raises DataError, with file and row, unless bad rows are to be skipped.
     """
-    require(limit is None or limit > 0, f"limit is {limit}: use at least one sample")
-    source, data = str(source or (task.data if split == "train" else task.eval_data)), Dataset()
-    require(source, f"task {task.name} has no {split} data of its own: give some with --data PATH")
-    if source == "builtin":
-        from assets.digits import SIZE, digits_sample
-        return Dataset(digits_sample(split, i) for i in range(SIZE[split])[:limit])
-    for file, number, row in read_rows(source, split):
-        if len(data) == limit:
+    require(task.name != "math" or find_spec("math_verify"),
+            "--task math compares answers with math-verify: pip install math-verify")
+    path = Path(source or (task.data if split == "train" else task.eval_data))
+    require(path.name, f"task {task.name} has no {split} data of its own: give --data PATH")
+    if (path / f"{split}.jsonl").is_file():
+        path = path / f"{split}.jsonl"
+    is_lines = path.is_file() and path.suffix == ".jsonl"
+    rows = path.read_bytes().splitlines() if is_lines else open_table(path, split)
+
+    samples = Dataset()
+    for number in range(len(rows)):
+        if len(samples) == limit:
             break
-        where = f"{file}, row {number}"
         try:
-            sample, clipped = _read_row(row, task, file.parent, where)
-            data.append(sample)
-            data.clipped += clipped
-        except DataError as error:
-            require(skip_bad_rows, f"{where}: {error}; fix it, or leave such rows out: --skip_bad_rows")
-            data.skipped += 1
-    require(data, f"{source}: no usable rows ({data.skipped} skipped); give other data with --data PATH")
-    return data
+            if rows[number]:
+                samples.append(read_sample(rows, number, path, task))
+        # Python's own complaints, such as about a list with too many numbers, help as well.
+        except (ValueError, TypeError, RecursionError) as error:
+            require(skip_bad_rows, f"{path}, row {number + 1}: {error}; see --skip_bad_rows")
+            samples.skipped += 1
+    require(samples, f"{path}: no good row, {samples.skipped} bad ones; give others with --data")
+    return samples
 
-def _read_row(row: dict | bytes, task: Task, folder: Path, where: str) -> tuple[Sample, int]:
-    """One row, checked, as a sample, and how many of its objects were clipped."""
-    row = from_json(row)
+
+def open_table(path: Path, split: str):
+    """A split of any other data set, which the library `datasets` maps into memory."""
+    try:
+        import datasets
+        if (path / "state.json").is_file():
+            table = datasets.load_from_disk(str(path))
+        elif (path / "dataset_dict.json").is_file():
+            table = datasets.load_from_disk(str(path))[split]
+        elif path.exists():
+            # By name, because splits may differ in their columns.
+            files = path / f"**/*{split}*.parquet" if path.is_dir() else path
+            table = datasets.load_dataset("parquet", data_files=str(files), split="train")
+        else:
+            table = datasets.load_dataset(str(path), split=split)
+    except Exception as error:           # damaged files and networks raise nearly anything
+        raise DataError(f"{path}: no readable {split} data ({error!r:.300}); give a file, a folder "
+                        "or a hub id with --data (all but .jsonl: pip install datasets)") from None
+    # Arrow's format leaves images encoded, so that a damaged one stops nothing before its turn.
+    return table.select_columns(sorted(COLUMNS & {*table.column_names})).with_format("arrow")
+
+
+def read_row(rows, number: int) -> dict:
+    """One row of a table, or of the lines of a file."""
+    row = json.loads(rows[number]) if isinstance(rows, list) else rows[number].to_pylist()[0]
     require(isinstance(row, dict), "not a JSON object")
-    (_, cell), (asked, question) = first_of(row, "image", "images"), first_of(row, "problem", "text")
-    require(isinstance(question, str), f"the question ({asked!r}) is not text")
-    question = question.replace("<image>", "").strip()               # EasyR1 marks with it where the image goes
-    require(question, f"the question ({asked!r}) is empty")
-    if row.get("choices"):
-        question += "\nChoices: " + ", ".join(map(str, row["choices"]))
-    # <|image_pad|> would become one more image slot
-    require(not re.search(r"<\|.*?\|>", question), f"the question contains a control token: {question[:80]!r}")
-    image = cell if isinstance(cell, Stored) else find_image(cell, folder)
-    stored, size = image_size(image), read_frame([row.get("img_width"), row.get("img_height")])
-    frame = read_frame(row.get("frame")) or (None if asked == "problem" else size)
-    label = read_label(row, task, folder, frame, stored)
+    return row
+
+
+def read_sample(rows, number: int, path: Path, task: Task) -> Sample:
+    """One row, checked; a ValueError or a TypeError says what is wrong with it."""
+    row = read_row(rows, number)
+    # EasyR1 marks the image's place.
+    question = str(row.get("problem") or row.get("text") or "").replace("<image>", "").strip()
+    require(question, "no 'problem' or 'text', or an empty one")
+    choices = list(map(str, row.get("choices") or []))
+    if choices:
+        question += "\nChoices: " + ", ".join(map("{}. {}".format, ascii_uppercase, choices))
+
+    image = partial(find_image, rows, number, path if path.is_dir() else path.parent)
+    stored = image_size(image)
+    original = (row.get("img_width") or stored[0], row.get("img_height") or stored[1])
+    # Training labels are in pixels of the image as stored, test labels in the original's.
+    frame = row.get("frame") or (original if row.get("problem") is None else stored)
+    for width, height in (frame, original):
+        require(0 < width < 1e9 and 0 < height < 1e9, "a frame or size is two positive numbers")
+
+    label = read_label(row, task, choices, frame)
+    # <|image_pad|> would be one more image, and half a surrogate pair has no tokens.
+    require(not re.search(r"<\|.*?\|>|[\ud800-\udfff]", f"{question} {label}"),
+            "a control token or half a character in the question or the answer")
+    where = f"{path}, row {number + 1}"
     name = str(row.get("id") or row.get("image_id") or where)
-    return Sample(name, question, image, label.objects, label.frame, size, label.text, where,
-                  mask=keep_mask(row.get("mask"), folder)), label.clipped
+    return Sample(name, question, image, label, tuple(frame), original, where,
+                  row.get("solution"), choices or None)
 
-# ---- Images and geometry ---------------------------------------------------------------------------------------------
 
-def smart_resize(width: int, height: int, factor: int, min_pixels: int, max_pixels: int) -> Frame:
-    """Multiples of factor, the area within the limits, aspect ratio nearly kept; as transformers' smart_resize."""
-    sides = (width, height)
-    require(max(sides) <= 200 * min(sides), f"one side of {width} x {height} is over 200 times the other")
-    near = tuple(round(side / factor) * factor for side in sides)
-    if math.prod(near) > max_pixels:
-        shrink = math.sqrt(width * height / max_pixels)
-        return tuple(max(factor, math.floor(side / shrink / factor) * factor) for side in sides)
-    if math.prod(near) < min_pixels:
-        grow = math.sqrt(min_pixels / (width * height))
-        return tuple(math.ceil(side * grow / factor) * factor for side in sides)
-    return near
+def read_label(row: dict, task: Task, choices: list, frame) -> list[dict] | str:
+    """Check a label: text, or objects, which are cut to the frame; every one gets a point."""
+    columns = [name for name in task.columns if row.get(name) is not None]
+    require(columns, f"no {' or '.join(map(repr, task.columns))}")
+    value = row[columns[0]]
+    text = value if isinstance(value, str) else json.dumps(value)
+    if task.name == "math":
+        text = rewards.boxed(text) or text.strip()
+        if text not in choices:          # the letter of a choice stands for its text
+            text = dict(zip(ascii_uppercase, choices)).get(text, text)
+        text = rf"\boxed{{{text}}}"
+    elif isinstance(value, list) and not any(isinstance(found, dict) for found in value):
+        boxes = np.reshape(value, (-1, 4)).tolist()          # one flat box, or a list of boxes
+        text = json.dumps([{"bbox_2d": box} for box in boxes])
+    # Labels are read as answers are: one that cannot be read could not be earned.
+    label = rewards.read_answer(f"<answer>{text.removesuffix('.0')}</answer>", task.name)
+    require(label is not None, f"no label that {task.name} can read: {text:.80}")
+    if isinstance(label, str):
+        return text if task.name == "math" else label
 
-def target_size(size: Frame, factor: int, min_pixels: int, max_pixels: int, fixed: Frame | None = None) -> Frame:
-    """The (width, height) an image is sent in: `fixed` rounded to multiples of factor, or smart_resize of its size."""
-    if fixed is None:
-        return smart_resize(*size, factor, min_pixels, max_pixels)
-    return tuple(max(factor, round(side / factor) * factor) for side in fixed)
+    for found in label:
+        require("bbox_2d" in found, f"bbox_2d is four numbers: {text:.80}")
+        corners = np.reshape(found["bbox_2d"], (2, 2))
+        point = np.asarray(found.get("point_2d", corners.mean(axis=0)))
+        right = (corners[0] < corners[1]) & (corners[0] <= point) & (point <= corners[1])
+        right &= (corners[0] < frame) & (corners[1] > 0)
+        require(right.all(), f"a box is inside out, or without its point, or outside its image of "
+                             f"{frame[0]} x {frame[1]}: {found}")
+        require(corners.max() > 1 or row.get("frame"),
+                f'for shares of the image, add "frame": [1, 1] to the row: {found}')
+        # Labels overshoot their image by a pixel now and then.
+        found["bbox_2d"] = corners.clip(0, frame).ravel().tolist()
+        found["point_2d"] = point.clip(0, frame).tolist()
+    return label
 
-def model_frame(size: Frame, coordinates: str) -> Frame:
-    """The frame a network speaks: "pixels" of the image it sees (Qwen2.5-VL) or "relative", 0 to 1000 (Qwen2-VL)."""
-    return {"pixels": tuple(size), "relative": (1000, 1000)}[coordinates]
 
-def move_objects(objects: list[dict] | str, src_frame: Frame, dst_frame: Frame, round_to_int: bool = False):
-    """New objects with the same boxes and points in another frame; a box that rounds to nothing stays 1 wide or high.
-    An answer in words stays as it is.
+# ---- Images and geometry -------------------------------------------------------------------------
+def find_image(rows, number: int, folder: Path) -> Path | BytesIO:
+    """The file that a row names, or the encoded image that it holds."""
+    row = read_row(rows, number)
+    cell = row.get("image") or row.get("images")
+    if isinstance(cell, list):
+        [cell] = cell
+    if isinstance(cell, dict):           # Hugging Face's struct: bytes, or else a path
+        cell = cell.get("bytes") or cell.get("path")
+    require(cell, "no 'image' or 'images'")
+    if isinstance(cell, bytes):
+        return BytesIO(cell)
+    if cell.startswith("data:image/"):
+        return BytesIO(base64.b64decode(cell.partition(",")[2]))
+    # A URL is no file, and neither is a named pipe, which would be waited for.
+    require(os.path.isfile(folder / cell), f"no such image file: {str(folder / cell):.200}")
+    return folder / cell
+
+
+def open_image(source, only_size=False) -> Image.Image:
+    """An image in RGB, upright as its EXIF tag says; or only its size, from its header."""
+    try:
+        image = source() if callable(source) else source
+        if not isinstance(image, Image.Image):
+            image = Image.open(image)    # refuses what claims to be larger than memory
+        require(not image.mode.startswith(("I", "F")), "save it with 8 bits a colour")
+        if not only_size:
+            return ImageOps.exif_transpose(image).convert("RGB")
+        # Pillow would decode a whole PNG to look for a tag at its end.
+        has_exif = image.format != "PNG" or "exif" in image.info
+        is_turned = has_exif and image.getexif().get(0x0112, 1) > 4      # by 90 or 270 degrees
+        return image.size[::-1] if is_turned else image.size
+    except Exception as error:           # damaged files make Pillow raise nearly anything
+        raise DataError(f"unreadable image ({error})") from None
+
+
+def image_size(source) -> tuple:
+    """(width, height) of an image once it is upright; its pixels are not decoded."""
+    return open_image(source, only_size=True)
+
+
+def move_objects(objects, src_frame, dst_frame, round_to_int: bool = False):
+    """New objects with the same boxes and points in another frame; a text stays as it is.
 
     >>> move_objects([{"bbox_2d": [84, 42, 420, 840]}], (840, 840), (1000, 500), round_to_int=True)
     [{'bbox_2d': [100, 25, 500, 500]}]
     """
     def move(numbers):
-        corners = np.reshape(numbers, (-1, 2)) * dst_frame / src_frame       # of a box, or the one point
+        corners = np.reshape(numbers, (-1, 2)) * dst_frame / src_frame
         if round_to_int:
             corners = corners.round().astype(int)
-            if len(corners) == 2:
-                corners[0] = np.minimum(corners[0], np.subtract(dst_frame, 1))
-                corners[1] = np.maximum(corners[1], corners[0] + 1)
+        if round_to_int and len(corners) == 2:
+            # A box that rounds to nothing stays 1 wide or high, inside its frame.
+            corners[0] = np.minimum(corners[0], np.subtract(dst_frame, 1))
+            corners[1] = np.maximum(corners[1], corners[0] + 1)
         return corners.ravel().tolist()
 
     if isinstance(objects, str):
         return objects
-    return [{name: move(found[name]) for name in ("bbox_2d", "point_2d") if name in found} for found in objects]
+    return [{name: move(numbers) for name, numbers in found.items()} for found in objects]
 
-def patchify(image: Image.Image, patch_size, merge_size, temporal_patch_size, mean, std) -> tuple[np.ndarray, tuple]:
-    """Cut an RGB image into the rows of numbers the vision tower reads, bit-equal to Qwen2VLImageProcessorPil.
 
-    Returns pixels (h·w, 3·temporal·patch·patch) float32 and grid_thw = (1, h, w), in patches. Those of a block of
-    merge_size x merge_size, which become one token, are consecutive; the image is a whole number of blocks.
-    """
-    p, m = patch_size, merge_size
-    h, w = image.height // p, image.width // p
-    x = (np.asarray(image, np.float32) / 255 - np.float32(mean)) / np.float32(std)     # (H, W, 3)
-    x = x.reshape(h // m, m, p, w // m, m, p, 3).transpose(0, 3, 1, 4, 6, 2, 5)
-    x = np.repeat(x[:, :, :, :, :, None], temporal_patch_size, axis=5)       # (h/m, w/m, m, m, 3, temporal, p, p)
-    return x.reshape(h * w, -1), (1, h, w)
-
-# ---- Label text, aligned with the rollouts' style (reward control 1) -------------------------------------------------
-
-# white space, then a token: a tag, a string, a bracket, comma or colon, or a number, as which \boxed{…} counts
-TOKEN = re.compile(r'(\s*)(</?answer>|\\boxed\{.*\}|"(?:[^"\\]|\\.)*"|[][{},:]|[^][{},:"<\s]+|\S)')
-
-def _walk(answer: str):
-    """Yield (context, white space, token) for each token of `<answer>[…]</answer>`.
-
-    A context is what stands on either side of the white space, any string or number being the same as any other, and
-    the brackets that are open there: ", number [{[".
-    """
-    previous, brackets = "", ""
-    for space, token in TOKEN.findall(answer):
-        kind = token if token[0] in "[]{},:<" else "string" if token[0] == '"' else "number"
-        yield f"{previous} {kind} {brackets}", space, token
-        brackets = brackets + token if token in "[{" else brackets[:-1] if token in "]}" else brackets
-        previous = kind
-
-def _favourites(votes: Counter) -> dict[str, str]:
-    """What most votes, (context, white space), say of every context; the first seen wins a tie."""
-    return dict(pair for pair, _ in reversed(votes.most_common()))
-
-def read_style(answer: str) -> dict[str, str]:
-    """The most frequent white space of every context in `<answer>[…]</answer>`."""
-    style = _favourites(Counter((context, space) for context, space, _ in _walk(answer)))
-    # one object does not show what parts two: the line break before the first, or else what parts its box and point
-    if ", { [" not in style and ", string [{" in style:
-        style[", { ["] = style["[ { ["] if "\n" in style["[ { ["] else style[", string [{"]
-    return style
-
-DEFAULT_STYLE = read_style('<answer>[{"bbox_2d": [1, 2], "point_2d": [1, 2]}]</answer>')      # json.dumps
-
-def label_text(objects: list[dict] | str, style: dict[str, str] = DEFAULT_STYLE) -> str:
-    """A label as `<answer>…</answer>` in a style; contexts that it lacks get no white space.
-
-    >>> label_text([{"point_2d": [3, 4]}], read_style('<answer> [{"point_2d":[1,2]}]</answer>'))
-    '<answer> [{"point_2d":[3,4]}]</answer>'
-    """
-    walk = _walk(f"<answer>{objects if isinstance(objects, str) else json.dumps(objects)}</answer>")
-    return "".join(style.get(context, "") + token for context, _, token in walk)
-
-class LabelStyle:
-    """The style the policy prefers: in every context the white space most of its well-formed rollouts use there."""
-
-    def __init__(self, task: Task):
-        self.task, self.default, self.votes = task, read_style(task.example), Counter()
-
-    def observe(self, completion: str):
-        """Count one rollout's style; a rollout without a well-formed answer has none."""
-        if read_answer(completion, self.task.name) is not None:
-            style = read_style(f"<answer>{split_completion(completion)[1]}</answer>")
-            if max(map(len, style.values())) <= MAX_GAP:
-                self.votes.update(style.items())
-
-    def render(self, objects: list[dict] | str) -> str:
-        """The label's text in that style, and in the task's where no rollout has shown one."""
-        return label_text(objects, self.default | _favourites(self.votes))
-
-    def example(self) -> str:
-        """What labels look like now, for the log."""
-        in_words = "bbox" not in self.task.columns
-        return self.render(self.task.text_answer.format(1) if in_words
-                           else [{"bbox_2d": [1, 2, 3, 4], "point_2d": [2, 3]}])
-
-    def state_dict(self) -> dict:
-        return {json.dumps(vote): count for vote, count in self.votes.items()}
-
-    def load_state_dict(self, state: dict):
-        self.votes = Counter({tuple(json.loads(vote)): count for vote, count in state.items()})
-
-# ---- From a sample to what the network reads -------------------------------------------------------------------------
-
+# ---- From a sample to what the network reads -----------------------------------------------------
 @dataclass
 class Example:
     """A sample as one checkpoint sees it. P: prompt tokens, image tokens included."""
 
     sample: Sample
     ids: torch.Tensor             # (P,) int64
-    pixels: torch.Tensor          # (h·w, 3·temporal·patch·patch) float32
-    grid_thw: torch.Tensor        # (1, 3) int64
-    objects: list[dict] | str     # the label in the model's frame, whole numbers
-    frame: Frame                  # the model's: its prompt, answers and label run to this
+    pixels: torch.Tensor          # (patches, 3 * temporal * patch * patch) float32
+    grid_thw: torch.Tensor        # (1, 3) int64: 1, rows and columns of patches
+    label: list[dict] | str       # in `frame`, whole numbers
+    frame: tuple                  # the model's: its prompt, answers and label run to this
     truth: list[dict] | str       # the label in pixels of the original image, not rounded
-    size: Frame                   # of the original image
+    size: tuple                   # of the original image
 
-    def to_original(self, objects: list[dict] | str) -> list[dict] | str:
+    def to_original(self, objects):
         """Objects of the model's frame in pixels of the original image."""
         return move_objects(objects, self.frame, self.size)
 
     def written_label(self) -> str:
-        """The label in the data set's own style, for runs without alignment: its very text where no number changed."""
-        text = self.sample.solution
-        return label_text(self.objects, read_style(f"<answer>{text}</answer>") if text else DEFAULT_STYLE)
+        """The label as the data set wrote it, or by json.dumps if the model needs other numbers."""
+        text = self.label
+        if isinstance(text, list):
+            text = self.sample.solution
+            if not isinstance(text, str) or json.loads(text) != self.label:
+                text = json.dumps(self.label)
+        return f"<answer>{text}</answer>"
 
-def chat(text: str, image_tokens: int) -> str:
-    """One user turn, an image and a text, in the ChatML that Qwen2-VL and Qwen2.5-VL were trained on."""
-    return ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
-            + "<|image_pad|>" * image_tokens + f"<|vision_end|>{text}<|im_end|>\n<|im_start|>assistant\n")
 
 class Processor:
-    """What a checkpoint's folder says about its inputs: tokenizer, patches, image limits, coordinates."""
-
-    def __init__(self, tokenizer, config: dict, images: dict):
-        self.tokenizer = tokenizer
-        self.coordinates = config.get("coordinates") or CONVENTION[config["model_type"]]
-        self.merge_size, self.factor = images["merge_size"], images["merge_size"] * images["patch_size"]
-        self.patches = {"mean": images["image_mean"], "std": images["image_std"],
-                        **{name: images[name] for name in ("patch_size", "merge_size", "temporal_patch_size")}}
-        size = images.get("size", {})    # where transformers 5 saves the limits
-        self.min_pixels = images.get("min_pixels") or size["shortest_edge"]
-        self.max_pixels = images.get("max_pixels") or size["longest_edge"]
-        self.image_token_id, *self.end_token_ids = (
-            tokenizer.get_vocab()[name] for name in ("<|image_pad|>", "<|im_end|>", "<|endoftext|>"))
+    """Turns samples into a checkpoint's inputs, and completions into text and rewards."""
 
     @classmethod
-    def from_pretrained(cls, path) -> "Processor":
-        """Read config.json, preprocessor_config.json and the tokenizer in a checkpoint's folder, or raise DataError."""
-        from transformers import AutoTokenizer           # takes seconds to import
-        try:
-            config, images = (json.loads((Path(path) / name).read_text("utf-8"))
-                              for name in ("config.json", "preprocessor_config.json"))
-            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-            return cls(tokenizer, config, images)
-        except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"{path}: not a complete Qwen2-VL or Qwen2.5-VL checkpoint folder "
-                            f"({type(error).__name__}: {str(error)[:150]}); give one with --model PATH") from None
+    def from_pretrained(cls, path, task: Task, think=True, image_size=None, max_pixels=None,
+                        max_prompt_length=None) -> "Processor":
+        """Read the files beside a checkpoint's weights. think: ask for reasoning first.
 
-    def encode(self, sample: Sample, task: Task, think=True, max_prompt_length=None, image_size: Frame | None = None,
-               min_pixels=None, max_pixels=None) -> Example:
-        """Image, prompt and label of a sample as the network takes them.
-
-        The image is sent in image_size or else the task's; min_pixels or max_pixels ask for smart_resize instead.
-        Raises DataError for an unreadable image, and for a prompt that is too long: it is never truncated.
+        Images get image_size, else the task's; given max_pixels instead, they keep their shape.
         """
-        image = open_image(sample.image, sample.where)
-        fixed = image_size or (None if min_pixels or max_pixels else task.image_size)
-        sent = target_size(image.size, self.factor, min_pixels or self.min_pixels, max_pixels or self.max_pixels, fixed)
-        pixels, grid = patchify(image.resize(sent, Image.Resampling.BICUBIC), **self.patches)
-        frame, size = model_frame(sent, self.coordinates), sample.size or image.size
-        label_frame = sample.frame or image.size
-        image_tokens = math.prod(grid) // self.merge_size ** 2
-        ids = self.token_ids(chat(task.prompt(sample.question, frame, think), image_tokens))
-        assert (ids == self.image_token_id).sum() == image_tokens, f"{sample.where}: image tokens outside the image"
-        require(max_prompt_length is None or len(ids) <= max_prompt_length,
-                 f"{sample.where}: the prompt has {len(ids)} tokens, {image_tokens} of them the image's, more than "
-                 f"--max_prompt_length {max_prompt_length}; raise it, or make images smaller with --max_pixels")
-        return Example(sample, ids, torch.from_numpy(pixels), torch.tensor([grid]),
-                       objects=move_objects(sample.objects, label_frame, frame, round_to_int=True), frame=frame,
-                       truth=move_objects(sample.objects, label_frame, size), size=size)
+        from transformers import AutoTokenizer, Qwen2VLImageProcessorPil     # takes seconds
+        self = cls()
+        self.task = task
+        self.think = think
+        self.image_size = image_size or (None if max_pixels else task.image_size)
+        self.max_prompt_length = max_prompt_length
+        limits = {"max_pixels": max_pixels} if max_pixels else {}
+        try:
+            config = json.loads(Path(path, "config.json").read_text("utf-8"))
+            self.coordinates = config.get("coordinates") or COORDINATES[config["model_type"]]
+            self.images = Qwen2VLImageProcessorPil.from_pretrained(path, **limits)
+            self.tokenizer = AutoTokenizer.from_pretrained(path)
+            template = Path(path, "chat_template.json")
+            if template.is_file():
+                self.tokenizer.chat_template = json.loads(template.read_text())["chat_template"]
+            require("image_pad" in self.tokenizer.chat_template, "its chat template has no images")
+            # From a folder without its files, transformers makes a tokenizer without words.
+            image_id = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+            require(image_id == config["image_token_id"], "its tokenizer is missing or another's")
+        except Exception as error:       # foreign files make their readers raise nearly anything
+            raise DataError(f"{path}: not a complete Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint "
+                            f"({error!r:.300}); give one with --model") from None
+        return self
+
+    def encode(self, sample: Sample) -> Example:
+        """Image, prompt and label as the network takes them; a long prompt is never truncated."""
+        patch, merge = self.images.patch_size, self.images.merge_size
+        try:
+            image = open_image(sample.image)
+            if self.image_size:
+                # In whole patches, which merge into whole tokens.
+                tokens = np.round(np.broadcast_to(self.image_size, 2) / (patch * merge)).clip(1)
+                sides = (tokens * patch * merge).astype(int)
+                image = image.resize(sides, Image.Resampling.BICUBIC)
+            inputs = self.images(image, do_resize=not self.image_size, return_tensors="pt")
+        except ValueError as error:
+            raise DataError(f"{sample.where}: {error}") from None
+        _, rows, columns = inputs["image_grid_thw"][0].tolist()
+        frame = (columns * patch, rows * patch) if self.coordinates == "pixels" else (1000, 1000)
+
+        text = self.task.instruction
+        if self.task.example:
+            text += THINK if self.think else ANSWER
+        text = text.format(question=sample.question, width=frame[0], height=frame[1],
+                           example=self.task.example)
+        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
+        prompt = self.tokenizer.apply_chat_template([turn], tokenize=False,
+                                                    add_generation_prompt=True)
+        slots = "<|image_pad|>" * (rows * columns // merge ** 2)
+        ids = self.token_ids(prompt.replace("<|image_pad|>", slots))
+        require(len(ids) <= (self.max_prompt_length or len(ids)), f"{sample.where}: the prompt has "
+                f"{len(ids)} tokens: raise --max_prompt_length {self.max_prompt_length}")
+        label = move_objects(sample.label, sample.frame, frame, round_to_int=True)
+        truth = move_objects(sample.label, sample.frame, sample.size)
+        return Example(sample, ids, inputs["pixel_values"], inputs["image_grid_thw"], label, frame,
+                       truth, sample.size)
 
     def token_ids(self, text: str) -> torch.Tensor:
-        """(T,) int64. Always of a whole text: pieces tokenised apart lose the merges across their seams."""
+        """(T,) int64, always of a whole text: tokens merge across the seams of its parts."""
         return torch.tensor(self.tokenizer.encode(text, add_special_tokens=False), dtype=torch.long)
 
     def label_ids(self, text: str) -> torch.Tensor:
-        """A label as a completion: (T,) int64, the end token included."""
+        """A label as a completion: (T,) int64, with the end token."""
         return self.token_ids(text + "<|im_end|>")
 
     def decode(self, ids) -> str:
-        """The text of a completion, up to its end token."""
-        ids = torch.as_tensor(ids).tolist()
-        end = min((ids.index(token) for token in self.end_token_ids if token in ids), default=len(ids))
-        return self.tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
+        """The text of a completion up to its end token."""
+        text = self.tokenizer.decode(torch.as_tensor(ids), clean_up_tokenization_spaces=False)
+        return re.split(r"<\|(?:im_end|endoftext)\|>", text)[0]
+
+    def score(self, completion: str, example: Example) -> dict[str, float]:
+        """The reward components of a completion: see rewards.py."""
+        return rewards.score(completion, example.label, self.task.name, example.frame,
+                             self.task.thresholds, self.think, example.sample.choices)
+
+
+def fetch(name, kind: str) -> Path:
+    """A local path as it is, or the folder of a repository on the hub; kind names the flag."""
+    if Path(name).exists():
+        return Path(name)
+    try:
+        from huggingface_hub import snapshot_download
+        return Path(snapshot_download(str(name), ignore_patterns=["*.bin", "*.pt*", "*.py"]))
+    except Exception as error:           # no such name, no network, a full disk
+        raise DataError(f"{name}: no such folder, nor on the Hugging Face hub "
+                        f"({error!r:.300}); give one with --{kind}") from None

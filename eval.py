@@ -1,166 +1,368 @@
-"""Evaluate a checkpoint: greedy answers, the metrics of the ViSurf authors' evaluation, a picture of predictions.
+"""Evaluate a checkpoint: greedy answers and the metrics of the ViSurf authors' evaluation.
 
-    python eval.py                                                        # bundled checkpoint, built-in task
+    python eval.py                                              # bundled checkpoint, built-in task
     python eval.py --task grounding --model Qwen/Qwen2.5-VL-7B-Instruct --data my.jsonl
-    python eval.py --compare runs/digits-visurf runs/digits-rlvr          # side by side: a table, and report.html
+    torchrun --nproc_per_node 8 eval.py --task grounding        # each GPU answers its share
 
-samples -> `evaluate` -> results, a dict each, in pixels of the ORIGINAL image -> `metrics`, support/report.py
+samples -> `evaluate` -> results, a dict each, in pixels of the ORIGINAL image -> `metrics`.
+At the end stands what train.py needs too: flags, and one process or many.
 """
 
-from dataclasses import asdict, dataclass
+import argparse
+import json
+import math
+import os
+import sys
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
 import data
 import model
 import rewards
-from support import flags, masks, page, processes, report
-from support.flags import option
-from support.measures import clicks, compare, mean, measure, ratio, roc_auc, suspicion
 
-def evaluate(network, processor, task: data.Task, samples, *, max_new_tokens=512, batch_size=32, think=True,
-             progress=True, **encoding) -> list[dict]:
-    """Answer every sample by greedy decoding; results (see `make_result`) in the order of the samples.
 
-    encoding: image_size, max_pixels, min_pixels, max_prompt_length of Processor.encode, whose DataError is not caught.
-    A batch holds images of similar size, for little padding, and is opened when its turn comes; the largest come first,
-    so that what does not fit into memory fails at once.
-    """
-    lengths = [(np.prod(data.image_size(sample.image)), len(sample.question)) for sample in samples]
-    order, results = sorted(range(len(samples)), key=lengths.__getitem__, reverse=True), [None] * len(samples)
-    for first in tqdm(range(0, len(samples), batch_size), "evaluating", leave=False, disable=not progress or None):
-        batch = order[first:first + batch_size]
-        examples = [processor.encode(samples[i], task, think=think, **encoding) for i in batch]
-        completions = model.generate(network, examples, 1, max_new_tokens, temperature=0)
-        for i, example, [completion] in zip(batch, examples, completions):
-            results[i] = make_result(processor, task, example, completion, think)
-    return results
+def option(default, help: str, choices=None, low=0, high=1e9):
+    """A field of Settings, which is a flag; numbers must be from low to high."""
+    return field(default=default, metadata={"help": help, "choices": choices, "low": low,
+                                            "high": high})
 
-def make_result(processor, task: data.Task, example, completion, think: bool) -> dict:
-    """One answer, ready for JSON, in pixels of the original image; only its reward is counted in the model's frame."""
-    text, sample = processor.decode(completion.ids), example.sample
-    predicted, thresholds = rewards.read_answer(text, task.name), rewards.Thresholds(**(task.thresholds or {}))
-    result = {
-        "id": sample.id, "where": sample.where, "question": sample.question, "completion": text,
-        "prediction": None if predicted is None else example.to_original(predicted),     # None: no well-formed answer
-        "label": example.truth, "size": list(example.size), "length": len(completion.ids),
-        "truncated": not completion.finished, "thinking": rewards.has_thinking(text),
-        "reward": rewards.score(text, example.objects, task.name, example.frame, thresholds, think)}
-    return result | {"verdict": verdict(result, task)}
-
-def verdict(result: dict, task: data.Task) -> str:
-    """How right an answer is by its task's first metric that says so, in words."""
-    answers = [result["prediction"], result["label"]]
-    if answers[0] is None:
-        return "no answer"
-    values = (METRICS[name]([result | measure(result)]) for name in task.metrics)
-    worth = next((value for value in values if value is not None), None)
-    words = {1: "right", 0: "wrong", None: "nothing to compare"}.get(worth, "partly right")
-    if worth is None:
-        return words
-    if task.text_answer:
-        predicted, label = (len(a) if isinstance(a, list) else rewards.boxed(a) or a for a in answers)
-        return f"{words}: {predicted}" + f", not {label}" * (worth != 1)
-    return words + (f", IoU {compare(result)[1]:.2f}" if answers[1] else ", nothing to find")
-
-def metrics(results: list[dict], task: data.Task = data.GROUNDING) -> dict:
-    """The task's METRICS and those of every task by name; None where there is no sample to measure one on.
-
-    well_formed  share with an answer that can be parsed; any other is wrong above, an empty mask, a count of 0
-    thinking     share that is exactly <think>…</think> <answer>…</answer>; truncated: cut off at the length limit
-    length       mean number of tokens, the end token included; reward: mean total
-    """
-    measured = [result | measure(result) for result in results]
-    return {
-        **{name: METRICS[name](measured) for name in task.metrics},
-        "well_formed": mean(result["prediction"] is not None for result in results),
-        **{name: mean(result[name] for result in results) for name in ("thinking", "truncated", "length")},
-        "reward": mean(result["reward"]["total"] for result in results), "samples": len(results)}
-
-# A metric is a function of all results, each with what `measure` adds to it.
-METRICS = {
-    # one-to-one pairs with IoU > 0.5 / max(#predicted, #labelled), where the label is not []; in math: equal answers
-    "accuracy": lambda results: mean(result["hits"] for result in results if result["label"]),
-    # mean IoU of all predicted boxes, as one mask, with all labelled ones; label []: 1 for [] and else 0
-    "gIoU": lambda results: mean(result["iou"] for result in results),
-    # sum of the intersections / sum of the unions of these masks: large objects weigh more
-    "cIoU": lambda results: ratio(sum(result["intersection"] for result in results),
-                                  sum(result["union"] for result in results)),
-    # share of the samples with label [] that were answered with []
-    "N-Acc": lambda results: mean(result["hits"] for result in results if not result["label"]),
-    # GUI: the first object's point, or else the centre of its box, lies in a labelled box, edge included
-    "point_in_box": lambda results: mean(clicks(result) for result in results if result["label"]),
-    # anomaly: something was listed where there is something, and nothing where there is nothing
-    "anomaly_acc": lambda results: mean(float(suspicion(result) == bool(result["label"])) for result in results),
-    "ROC-AUC": lambda results: roc_auc(list(map(suspicion, results)), [bool(result["label"]) for result in results]),
-    # counting: share of exact counts, mean absolute error, root of the mean squared error
-    "count_acc": lambda results: mean(float(result["prediction"] is not None and result["error"] == 0)
-                                      for result in results),
-    "MAE": lambda results: mean(abs(result["error"]) for result in results),
-    "RMSE": lambda results: np.sqrt(mean(result["error"] ** 2 for result in results)).item() if results else None}
 
 @dataclass
-class Config:
-    """What to evaluate; every field is a flag."""
+class Settings:
+    """Evaluate a checkpoint by its greedy answers."""
 
-    task: str = option("digits", "what is asked", tuple(data.TASKS))
-    model: str = option("", "checkpoint directory or hub id (default: the task's)")
-    split: str = option("test", "of the data, where they have splits", data.SPLITS)
-    data: str = option("", "file, folder or hub id (default: the task's evaluation data)")
-    limit: int = option(0, "only the first so many samples, 0 for all")
-    batch_size: int = option(32, "prompts in a batch")
-    max_completion_length: int = option(0, "longest answer in tokens (default: the task's)")
+    task: str = option("digits", "what is asked of the images", choices=tuple(data.TASKS))
+    model: str = option("", "checkpoint directory or hub id, if not the task's")
+    data: str = option("", "file, folder or hub id, if not the task's evaluation data")
+    split: str = option("test", "of the data", choices=("train", "validation", "test"))
+    limit: int = option(0, "only the first so many samples, 0: all")
+    batch_size: int = option(32, "prompts answered at a time", low=1)
+    max_completion_length: int = option(512, "longest answer in tokens", low=1, high=32768)
     think: bool = option(True, "ask for reasoning before the answer")
-    image_size: list = option((), "side, or width and height, to which images are squashed, in pixels", several=int)
-    min_pixels: int = option(0, "keep aspect ratios instead, with at least this many pixels")
-    max_pixels: int = option(0, "keep aspect ratios instead, with at most this many pixels")
-    masks: str = option("", "compare masks, made from the answers by this SAM 2 checkpoint, not boxes")
+    image_size: int = option(0, "squash images to squares of this side, if not the task's")
+    max_pixels: int = option(0, "keep the shape of images, with at most so many pixels")
     skip_bad_rows: bool = option(False, "leave out rows that cannot be used, and count them")
-    compare: list = option((), "evaluate nothing: show these runs side by side, in report.html too", several=str)
-    output_dir: str = option("", "for answers.json and gallery.png, or report.html (default: runs/eval-TASK-MODEL)")
+    output_dir: str = option("", "of answers.json, if not runs/eval-TASK-MODEL")
 
-def parse_command_line(argv=None) -> Config:
-    """The flags; a mistake in them is one line on stderr and exit code 2."""
-    config, _ = flags.parse(Config, "eval.py", __doc__.split("\n")[0], argv=argv)
-    if config.compare:
-        return config
-    task = data.TASKS[config.task]
-    config.model, config.data = config.model or task.model, config.data or task.eval_data
-    config.max_pixels = config.max_pixels or task.recipe.get("max_pixels", 0)
-    config.max_completion_length = config.max_completion_length or task.recipe.get("max_completion_length", 512)
-    config.output_dir = config.output_dir or "-".join(["runs/eval", config.task, *Path(config.model).parts[-2:]])
-    return config
-
-def run(config: Config):
-    """Answer, measure, and write and show the results; every rank has a share of the samples."""
-    task, directory, device = data.TASKS[config.task], Path(config.output_dir), processes.start()
-    encoding = flags.encoding(config)
-    samples = data.load_samples(config.data, task, config.split, config.limit or None, config.skip_bad_rows)
-    checkpoint = data.fetch(config.model, "model")
-    processor = data.Processor.from_pretrained(checkpoint)
-    processor.encode(samples[0], task, **encoding)             # what cannot work fails before the weights are read
-    if config.masks:
-        masks.check_masks(samples)
-        sam = masks.load_sam(data.fetch(config.masks, "masks"), device)
-    directory.mkdir(parents=True, exist_ok=True)
-    network = model.load_pretrained(checkpoint, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
-    share = processes.share(samples)
-    results = evaluate(network, processor, task, share, max_new_tokens=config.max_completion_length,
-                       batch_size=config.batch_size, progress=processes.is_first(), **encoding)
-    if config.masks:
-        masks.add_overlaps(results, share, sam)
-    results = processes.interleaved(results)                   # in the order of the samples
-    if processes.is_first():
-        report.end_of_evaluation(directory, asdict(config), metrics(results, task), results, samples)
 
 def main(argv=None):
-    config = parse_command_line(argv)
-    with processes.one_report("eval.py", (data.DataError, model.CheckpointError, OSError)):
-        page.compare_runs(config.compare, config.output_dir) if config.compare else run(config)
+    """The command line."""
+    run_program("eval.py", run, parse(Settings, argv, "eval.py"))
+
+
+def run(settings: Settings):
+    """Answer, measure, write answers.json and print the metrics."""
+    device = start()
+    task = data.TASKS[settings.task]
+    source = settings.model or task.model
+    name = "-".join(["eval", task.name, *Path(source).parts[-2:]])
+    answers = Path(settings.output_dir or f"runs/{name}") / "answers.json"
+    samples = data.load_samples(settings.data, task, settings.split, settings.limit or None,
+                                settings.skip_bad_rows)
+    checkpoint = data.fetch(source, "model")
+    processor = data.Processor.from_pretrained(checkpoint, task, settings.think,
+                                               settings.image_size, settings.max_pixels)
+    # Found out before the work, not after it: that its result cannot be written.
+    data.require(not answers.exists(), f"{answers} is there already: give another --output_dir")
+    on_first_rank(answers.parent.mkdir, 0o777, True, True)
+    on_first_rank(write_text, answers.with_name("config.json"), json.dumps(asdict(settings)))
+
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    network = model.load_pretrained(checkpoint, dtype, device)
+    results, bad_rows = evaluate(network, processor, samples, settings.max_completion_length,
+                                 settings.batch_size)
+    content = {"settings": asdict(settings), "metrics": metrics(results, task), "answers": results}
+    on_first_rank(write_text, answers, json.dumps(content, indent=1))
+    if is_first():
+        print(format_table({"": content["metrics"]}), answers, sep="\n\n")
+        print(f"{samples.skipped + len(bad_rows)} bad rows skipped")
+    data.require(settings.skip_bad_rows or not bad_rows,
+                 f"{''.join(bad_rows[:1])}; --skip_bad_rows leaves such rows out")
+
+
+def write_text(path: Path, text: str):
+    """Write a file that is there whole or not at all."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(text)
+    os.replace(unfinished, path)
+
+
+def evaluate(network, processor, samples, max_new_tokens=512, batch_size=32, progress=True):
+    """Answer samples greedily: each rank its share, all results on all ranks, in samples' order.
+
+    Also returns a line on each sample whose image or prompt cannot be used. Raises CheckpointError
+    if a log-prob is not finite, for the answers would mean nothing.
+    """
+    answered = []
+    bad_rows = []
+    places = share(range(len(samples)))
+    quiet = not (progress and is_first())
+    for first in tqdm(range(0, len(places), batch_size), "evaluating", leave=False, disable=quiet):
+        batch = []
+        for place in places[first : first + batch_size]:
+            try:
+                batch.append((place, processor.encode(samples[place])))
+            except data.DataError as error:
+                bad_rows.append(str(error))
+        if not batch:
+            continue
+        examples = [example for _, example in batch]
+        completions = model.generate(network, examples, 1, max_new_tokens, temperature=0)
+        for (place, example), [completion] in zip(batch, completions):
+            answered.append((place, make_result(processor, example, completion)))
+    answered = dict(gather(answered))
+    results = [answered[place] for place in sorted(answered)]
+    if not all(math.isfinite(result["logprob"]) for result in results):
+        raise model.CheckpointError("log-probs are not finite: the weights of --model are damaged")
+    return results, gather(bad_rows)
+
+
+def make_result(processor, example, completion) -> dict:
+    """One answer, ready for JSON; its reward alone is counted in the frame the model speaks."""
+    text = processor.decode(completion.ids)
+    predicted = rewards.read_answer(text, processor.task.name)
+    return {
+        "id": example.sample.id, "where": example.sample.where,
+        "question": example.sample.question, "completion": text,
+        # None: no well-formed answer was given.
+        "prediction": None if predicted is None else example.to_original(predicted),
+        "label": example.truth, "size": list(example.size), "length": len(completion.ids),
+        "logprob": completion.logprobs.sum().item(), "truncated": not completion.finished,
+        "thinking": rewards.has_thinking(text),
+        "reward": processor.score(text, example)}
+
+
+# ---- Metrics -----------------------------------------------------------------------------------
+
+
+def metrics(results: list[dict], task: data.Task) -> dict:
+    """The task's metrics and a few of every task: means over the samples that have such a score.
+
+    None where no sample has. reward: mean sum of components; length: mean tokens.
+    """
+    columns = defaultdict(list)
+    for result in results:
+        for name, value in measure(result).items():
+            columns[name].append(value)
+    means = {name: sum(values) / len(values) for name, values in columns.items()}
+    if means.get("union"):
+        # All intersections over all unions: large objects weigh more than in gIoU.
+        means["cIoU"] = means["intersection"] / means["union"]
+    if "sensitivity" in means and "specificity" in means:
+        # Answers say yes or no, so the ROC curve has one corner.
+        means["ROC-AUC"] = (means["sensitivity"] + means["specificity"]) / 2
+    if "squared_error" in means:
+        means["RMSE"] = math.sqrt(means["squared_error"])
+    names = (*task.metrics, "well_formed", "thinking", "truncated", "length", "reward")
+    return {name: means.get(name) for name in names} | {"samples": len(results)}
+
+
+def measure(result: dict) -> dict[str, float]:
+    """The scores of one answer, as in the authors' evaluation; an unreadable one is wrong."""
+    predicted = result["prediction"]
+    label = result["label"]
+    scores = {name: float(result[name]) for name in ("thinking", "truncated", "length")}
+    scores["well_formed"] = float(predicted is not None)
+    scores["reward"] = sum(result["reward"].values())
+    if isinstance(label, str) and "\\boxed" in label:
+        return scores | {"accuracy": result["reward"]["accuracy"]}
+    # Counting: no readable answer says 0, and is wrong.
+    count, true_count = [int(answer) if isinstance(answer, str) else len(answer or [])
+                         for answer in (predicted, label)]
+    error = count - true_count
+    exact = float(predicted is not None and error == 0)
+    scores |= {"count_acc": exact, "MAE": abs(error), "squared_error": error**2}
+    if isinstance(label, str) or isinstance(predicted, str):
+        return scores
+    intersection, union = mask_areas(result)
+    scores |= {"intersection": intersection, "union": union}
+    if not label:
+        # Only [] is right where there is nothing: N-Acc is the share of those samples.
+        names = ("accuracy", "one_to_one", "gIoU", "N-Acc", "anomaly_acc", "specificity")
+        return scores | dict.fromkeys(names, float(predicted == []))
+    # Something listed is taken for a defect.
+    found = float(bool(predicted))
+    overlap = intersection / union if union else 0.0
+    scores |= {"anomaly_acc": found, "sensitivity": found, "gIoU": overlap}
+
+    boxes = numbers_of(predicted, "bbox_2d", 4)  # (n, 4)
+    true_boxes = numbers_of(label, "bbox_2d", 4)  # (m, 4)
+    points = numbers_of(predicted, "point_2d", 2)[:, None]  # (n, 1, 2)
+    # accuracy, the authors': a predicted box, or the box around all, matches that of the label.
+    overlaps = rewards.iou([*boxes, *box_around(boxes)], box_around(true_boxes))
+    # one_to_one, ours: an object too many costs as much as one too few.
+    pairs = rewards.match((rewards.iou(boxes, true_boxes) > 0.5).astype(int))
+    # point_in_box: any listed point lies in a labelled box, edge included.
+    inside = (true_boxes[:, :2] <= points) & (points <= true_boxes[:, 2:])  # (n, m, 2)
+    return scores | {"accuracy": float((overlaps > 0.5).any()),
+                     "one_to_one": len(pairs) / max(len(predicted or []), len(label)),
+                     "point_in_box": float(inside.all(axis=2).any())}
+
+
+def numbers_of(answer, name: str, size: int) -> np.ndarray:
+    """Boxes (n, 4) or points (n, 2) of an answer's objects; none of an unreadable answer."""
+    numbers = [found[name] for found in answer or [] if name in found]
+    return np.array(numbers, float).reshape(-1, size)
+
+
+def box_around(boxes: np.ndarray) -> np.ndarray:
+    """The smallest box (1, 4) that holds all boxes (n, 4); (0, 4) if n is 0."""
+    if len(boxes) == 0:
+        return boxes
+    return np.concatenate([boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)])[None]
+
+
+def mask_areas(result: dict) -> tuple[float, float]:
+    """Areas of intersection and union of all predicted and all labelled boxes, as one mask each."""
+    corner = np.tile(result["size"], 2)
+    predicted = numbers_of(result["prediction"], "bbox_2d", 4).clip(0, corner)
+    label = numbers_of(result["label"], "bbox_2d", 4).clip(0, corner)
+    # The boxes' own edges cut the image into cells, each wholly inside or outside of every box.
+    x1, y1, x2, y2 = np.concatenate([predicted, label]).T[:, :, None]  # (n + m, 1) each
+    xs = np.unique([x1, x2])
+    ys = np.unique([y1, y2])
+    columns = (x1 <= xs[:-1]) & (xs[1:] <= x2)
+    rows = (y1 <= ys[:-1]) & (ys[1:] <= y2)
+    inside = rows[:, :, None] & columns[:, None]  # (n + m, rows, columns) True: the box has it
+    in_predicted = inside[: len(predicted)].any(axis=0)
+    in_label = inside[len(predicted) :].any(axis=0)
+    cells = np.outer(np.diff(ys), np.diff(xs))
+    return float(cells[in_predicted & in_label].sum()), float(cells[in_predicted | in_label].sum())
+
+
+def format_table(columns: dict[str, dict]) -> str:
+    """A row for each metric, with its value in every column: {title: metrics}."""
+    rows = [" " * 12 + "".join(f"{title:>10}" for title in columns)]
+    names = dict.fromkeys(name for column in columns.values() for name in column)
+    for name in names:
+        row = f"{name:12}"
+        # Most metrics are shares of the samples.
+        form = ",.1f" if name in ("MAE", "RMSE", "length", "reward", "samples") else ".1%"
+        for column in columns.values():
+            value = column.get(name)
+            row += f"{'-' if value is None else format(value, form):>10}"
+        rows.append(row)
+    return "\n".join(rows)
+
+
+# ---- Flags, and one process or many ------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line on which a mistake is one line, said once, and exit code 2."""
+
+    def error(self, message):
+        """What argparse calls for a mistake."""
+        self.exit(2, f"{self.prog}: {message}\n" if is_first() else None)
+
+
+def parse(settings_class, argv, program: str):
+    """Flags from a dataclass's fields; one not given has the task's recipe's value, or its own."""
+    parser = Parser(program, description=settings_class.__doc__, allow_abbrev=False)
+    for setting in fields(settings_class):
+        words = {"default": setting.default, "help": f"{setting.metadata['help']} (%(default)s)"}
+        if setting.type is bool:
+            parser.add_argument(f"--{setting.name}", action=argparse.BooleanOptionalAction, **words)
+        else:
+            parser.add_argument(f"--{setting.name}", type=setting.type,
+                                choices=setting.metadata["choices"], **words)
+    recipe = data.TASKS[parser.parse_args(argv).task].recipe
+    known = {setting.name for setting in fields(settings_class)}
+    parser.set_defaults(**{name: recipe[name] for name in recipe.keys() & known})
+    settings = settings_class(**vars(parser.parse_args(argv)))
+    for setting in fields(settings_class):
+        value = getattr(settings, setting.name)
+        low, high = setting.metadata["low"], setting.metadata["high"]
+        if setting.type in (int, float) and not low <= value <= high:
+            parser.error(f"--{setting.name} must be from {low:g} to {high:g}, not {value}")
+    return settings
+
+
+def run_program(program: str, function, *args):
+    """Call function(*args). A user's mistake is one line and exit code 2; our own bugs raise."""
+    try:
+        # Under torchrun, a failure is recorded, and all other processes are ended.
+        record(function)(*args)
+    except (data.DataError, model.CheckpointError, OSError) as error:
+        if is_first():
+            print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def start(timeout_minutes: float = 30) -> torch.device:
+    """Join torchrun's processes, or be a group of one; returns this process's device."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        count = torch.cuda.device_count()
+        data.require(local_rank < count, f"there are only {count} GPUs: --nproc_per_node {count}")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        # gloo carries small objects beside NCCL's tensors.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        group = {}
+        if "RANK" not in os.environ:
+            group = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), **group)
+    return device
+
+
+def is_first() -> bool:
+    """Whether this is rank 0, which prints and writes for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def world() -> tuple[int, int]:
+    """This process's rank and the number of ranks."""
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def share(items) -> list:
+    """This rank's part of what all ranks have: rank r of W takes items r, r + W, r + 2 W, ..."""
+    rank, size = world()
+    return [items[i] for i in range(rank, len(items), size)]
+
+
+def gather(items: list) -> list:
+    """The shares of all ranks as one list on every rank: all first items, all second ones, ..."""
+    _, size = world()
+    # One process exchanges nothing: gloo's thread would slow down OpenMP's threads for good.
+    if size == 1:
+        return items
+    lists = [None] * size
+    dist.all_gather_object(lists, items)
+    longest = max(len(items) for items in lists)
+    return [items[i] for i in range(longest) for items in lists if i < len(items)]
+
+
+def on_first_rank(function, *args):
+    """Call a function on rank 0 alone; all ranks get its result, or raise its user's mistake."""
+    outcome = []
+    if is_first():
+        try:
+            outcome = [function(*args)]
+        except (OSError, ValueError) as error:
+            outcome = [error]
+    [outcome] = gather(outcome)
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
 
 if __name__ == "__main__":
     main()
-    processes.leave()

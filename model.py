@@ -1,670 +1,544 @@
-"""Qwen2-VL and Qwen2.5-VL by hand: the network, its weights on disk, and sampling with a KV cache.
+"""A Qwen-VL checkpoint whose attention lets a group of completions share its prompt.
 
-Three entry points, everything else serves them:
+The network is transformers': Qwen2-VL, Qwen2.5-VL or dense Qwen3-VL. Ours is how a group goes
+through it, and how completions are sampled:
 
-    network = load_pretrained("path/to/checkpoint")           # Hugging Face checkpoint -> QwenVL
-    rollouts = generate(network, prompts, num_generations=8)  # a prompt is run once, 8 rollouts continue from its cache
-    logprobs = network(batch, completions, mask)              # a prompt is run once, N members continue, with gradient
+    network = load_pretrained("path/to/checkpoint")           # Hugging Face files -> GroupPolicy
+    rollouts = generate(network, prompts, num_generations=8)  # by hand, with a KV cache
+    logprobs = network(batch, completions, mask)              # with gradient
 
-The central idea is in the last two lines. A prompt holds about 900 image tokens and an answer about 60, so a group of N
-completions costs P + N*T tokens instead of N*(P + T) when all of them read the prompt's keys and values from one place.
+A prompt holds about 900 image tokens and an answer about 60. Here a group of N completions is ONE
+sequence of P + N*T tokens instead of N*(P + T), and an attention function of ours, which
+transformers runs instead of its own, decides which token sees which:
 
-Glossary of shapes
-    B   prompts in a batch                P   prompt tokens (right-padded to the longest)
-    N   completions of each prompt        T   completion tokens (right-padded)
-    D   hidden size                       V   vocabulary
-    H   query heads, K key/value heads, E head size       M   tokens whose log-prob is wanted
-    Activations are flat: x is (tokens, D), first the B*P prompt tokens, then those of completions, without padding.
+                     prompt     completion 1   completion 2
+    prompt           causal     -              -
+    completion 1     all        causal         -
+    completion 2     all        -              causal
 
-The network knows nothing of ranks, rewards or what a file means. Modules carry the checkpoint's own names, except that
-q/k/v and gate/up are one matrix each here (`checkpoint_rows`).
+Completions count their positions on from the prompt, so each of them is computed as if it stood
+alone behind it. The vision tower runs once, and all members' gradients meet in the prompt.
+
+Shapes
+    B   prompts in a batch               P   prompt tokens, right-padded to the longest
+    N   completions of each prompt       T   completion tokens, right-padded
+    R   rows being decoded, B*N          S   tokens of the flat sequence: B*P, then completions'
+    D   hidden size                      V   vocabulary          M   tokens to give log-probs of
+    H   query heads, K key/value heads, g = H/K query heads for each of them, E size of a head
 """
 
-import json
 import shutil
-from copy import copy
-from dataclasses import dataclass
-from functools import partial
-from itertools import groupby
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
+from types import MethodType
+from typing import NamedTuple
 
 import torch
+import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from torch.distributed.tensor import DTensor
+import transformers
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message is one line that names the file and what is wrong."""
+    """A checkpoint that cannot be used; its one-line message names the file and the problem."""
 
-# ---- The whole network -----------------------------------------------------------------------------------------------
 
-class QwenVL(nn.Module):
-    """Vision tower, language model and output head (Qwen2-VL: arXiv 2409.12191; Qwen2.5-VL: arXiv 2502.13923).
+# ---- The network -------------------------------------------------------------------------------
 
-    `network(batch, completions, mask)` is the training forward: log-probs of completions, with gradient.
-    `generate` is sampling; `network.logits(batch)` is the plain forward that other implementations are compared with.
-    """
 
-    def __init__(self, config):  # a transformers Qwen2VLConfig or Qwen2_5_VLConfig
+class GroupPolicy(nn.Module):
+    """A transformers Qwen-VL network, `vlm`, that reads groups: prompts with their completions."""
+
+    def __init__(self, vlm):
         super().__init__()
-        self.config = config
-        self.checkpoint_activations = False  # recompute each block in the backward pass instead of storing it
-        self.stop_tokens: list[int] = []  # any of these ends a completion
-        self.forbidden_tokens: list[int] = []  # have probability 0: vision tokens, rows past the tokenizer's last word
-        self.visual = VisionTower(config.vision_config)
-        self.model = LanguageModel(config.text_config)
-        text = config.text_config
-        self.lm_head = None if config.tie_word_embeddings else nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.vlm = vlm
+        self.config = vlm.config
+        # Any of these ends a completion.
+        self.stop_tokens: list[int] = []
+        # These have probability 0: vision tokens, and embedding rows past the tokenizer's last.
+        self.forbidden_tokens: list[int] = []
 
-    @property
-    def head_weight(self) -> torch.Tensor:
-        return (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight  # (V, D)
+    def forward(self, batch, completions, mask, temperature=1.0, gradient=None):
+        """Float32 log-probs (B, N, T) of completions (B, N, T) under softmax(logits / temperature).
 
-    def forward(self, batch: "PromptBatch", completions, mask, temperature: float = 1.0, expected=None) -> torch.Tensor:
-        """Log-probs (B, N, T), float32, of completions (B, N, T) under softmax(logits / temperature).
-
-        mask (B, N, T) is True on a completion's tokens; padding, which must follow them (ValueError), gets 0. Forbidden
-        tokens are left out of the softmax, as in sampling. Each prompt is run once: its N completions attend to its
-        keys and values, and their gradients meet there. `expected`: see TokenLogProbs.
+        mask (B, N, T) is True on a completion's tokens; padding, which must follow them (else
+        ValueError), gets 0. Forbidden tokens are left out of the softmax, as in sampling.
+        gradient (B, N, T): that of the loss by these log-probs, where it is known beforehand; it
+        saves a pass through the output head (see TokenLogProbs).
         """
+        if (mask[:, :, 1:] & ~mask[:, :, :-1]).any():
+            raise ValueError("mask has tokens after padding: leave them out of the loss instead")
         B, N, T = completions.shape
-        if (mask[:, :, 1:] & ~mask[:, :, :-1]).any():  # a token that is masked out is not seen by those after it either
-            raise ValueError("mask has tokens after padding: leave what should not be learnt out of the loss instead")
-        P, real = batch.ids.shape[1], mask[:, :, 1:]  # the token at t is predicted from position t-1: one input less
-        after_prompt = batch.next_position[:, None, None] + torch.arange(T - 1, device=mask.device).expand(B, N, -1)
-        rotary = self.model.rotary(torch.cat([batch.positions.flatten(1), after_prompt[real].expand(3, -1)], dim=1))
-        x = self.embed(batch, completions[:, :, :-1][real])  # (B*P + n, D), n real inputs of completions
-        x = self.model(x, rotary, GroupAttention(batch.lengths, P, real), self.checkpoint_activations)
+        P = batch.ids.shape[1]
+        positions, next_position = self.positions(batch)
+        # The token at t is predicted from position t - 1, so a last token is never an input.
+        real = mask[:, :, 1:]  # (B, N, T-1)
+        after_prompt = torch.arange(T - 1, device=mask.device) + next_position[:, None, None]
+        after_prompt = after_prompt.expand(B, N, -1)[real].expand(3, -1)  # M-RoPE's axes are equal
+        hidden = self.hidden_states(batch, torch.cat([positions, after_prompt], dim=1),
+                                    GroupAttention(batch.lengths, P, real),
+                                    completions[:, :, :-1][real])
 
-        last = x[torch.arange(B, device=x.device) * P + batch.lengths - 1]  # (B, D) predicts token 0
-        states = x.new_zeros(B, N, T, x.shape[-1])
-        states[:, :, 0] = last[:, None]
-        states[:, :, 1:][real] = x[B * P :]
-        wanted = self.model.norm(states[mask])  # (M, D): the head never sees the other positions
-        values = token_log_probs(wanted, self.head_weight, completions[mask], temperature, self.forbidden_tokens,
-                                 expected=None if expected is None else expected[mask])
-        return torch.zeros(mask.shape, device=values.device).masked_scatter(mask, values)
+        # Bring the states back to (B, N, T): the prompt's last token predicts the first token.
+        last = batch.lengths - 1 + P * torch.arange(B, device=mask.device)
+        states = hidden.new_zeros(B, N, T, hidden.shape[-1])
+        states[:, :, 0] = hidden[last][:, None]
+        states[:, :, 1:][real] = hidden[B * P :]
 
-    def logits(self, batch: "PromptBatch") -> torch.Tensor:
-        """Logits (B, P, V) at every prompt position; nothing is left out of them."""
-        return F.linear(self.model.norm(self.prompt_states(batch)), self.head_weight)
+        # Only the tokens that count go through the output head.
+        if gradient is not None:
+            gradient = gradient[mask]
+        forbidden = torch.tensor(self.forbidden_tokens, dtype=torch.long, device=mask.device)
+        values = TokenLogProbs.apply(states[mask], self.vlm.lm_head.weight, completions[mask],
+                                     temperature, forbidden, gradient)  # (M,)
+        return values.new_zeros(B, N, T).masked_scatter(mask, values)
 
-    def prompt_states(self, batch: "PromptBatch", cache: "KVCache | None" = None) -> torch.Tensor:
-        """Last layer's states (B, P, D) of the prompts alone; with a cache, their keys and values are kept there."""
-        rotary = self.model.rotary(batch.positions.flatten(1))
-        attend = GroupAttention(batch.lengths, batch.ids.shape[1], cache=cache)
-        return self.model(self.embed(batch), rotary, attend).view(*batch.ids.shape, -1)
+    def hidden_states(self, batch, positions, attend, completion_ids=None) -> torch.Tensor:
+        """Final hidden states (S, D) of the prompts and completions, at `positions` (3, S)."""
+        ids = batch.ids.flatten()
+        if completion_ids is not None:
+            ids = torch.cat([ids, completion_ids])
+        images = {}
+        if len(batch.grid_thw) > 0:
+            images = {"pixel_values": torch.cat(batch.pixels), "image_grid_thw": batch.grid_thw}
+        # transformers hands `attend` down to the attention function of every layer.
+        output = self.vlm.model(input_ids=ids[None], position_ids=positions[:, None],
+                                use_cache=False, attend=attend, **images)
+        return output.last_hidden_state[0]
 
-    def embed(self, batch: "PromptBatch", more=None) -> torch.Tensor:
-        """Embeddings (B*P + n, D) of the prompts, with the vision tower's features in the image slots, and of n more
-        tokens. One call for all, because its gradient is as large as the embedding."""
-        prompts = batch.ids.flatten()
-        x = self.model.embed_tokens(prompts if more is None else torch.cat([prompts, more]))
-        if len(batch.grid_thw) == 0:
-            return x
-        slots = (prompts == self.config.image_token_id).nonzero()[:, 0]
-        features = self.visual(batch.pixels, batch.grid_thw, self.checkpoint_activations)
-        return x.index_copy(0, slots, features.to(x.dtype))
+    def positions(self, batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """M-RoPE positions (3, B*P) of prompts, and that of the first completion token (B,)."""
+        # On the CPU, where get_rope_index's loops need not wait for a GPU.
+        real = torch.arange(batch.ids.shape[1]) < batch.lengths.cpu()[:, None]  # (B, P)
+        ids = batch.ids.cpu()
+        is_image = (ids == self.config.image_token_id).int()
+        positions, _ = self.vlm.model.get_rope_index(ids, is_image, batch.grid_thw.cpu(),
+                                                     attention_mask=real)  # (3, B, P)
+        positions = positions.to(batch.ids.device)
+        return positions.flatten(1), positions.amax(dim=(0, 2)) + 1
 
-class LanguageModel(nn.Module):
-    """Qwen2: pre-norm transformer with grouped-query attention and multimodal rotary positions."""
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks of both towers: the units to shard, and to recompute."""
+        return [block for block in self.modules() if isinstance(block, GradientCheckpointingLayer)]
 
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, x, rotary, attend, checkpoint_activations: bool = False) -> torch.Tensor:
-        """Run the layers on flat tokens x (tokens, D); `attend` knows which token may see which. No final norm."""
-        for layer in self.layers:
-            x = run_block(layer, x, rotary, attend, checkpoint_activations)
-        return x
+class PromptBatch(NamedTuple):
+    """B prompts as tensors; the images of all prompts follow each other."""
 
-    def rotary(self, positions: torch.Tensor) -> "Rotary":
-        """Rotations for M-RoPE positions (3, tokens): each frequency follows one of time, height, width."""
-        rope, half = self.config.rope_parameters, self.config.hidden_size // self.config.num_attention_heads // 2
-        frequency = rope["rope_theta"] ** -(torch.arange(half, device=positions.device).float() / half)
-        axis = torch.arange(3).repeat_interleave(torch.tensor(rope["mrope_section"])).to(positions.device)
-        return Rotary(positions[axis].T.float() * frequency)  # angles (tokens, E/2)
+    ids: torch.Tensor  # (B, P) right-padded
+    lengths: torch.Tensor  # (B,) real tokens of each prompt
+    pixels: list[torch.Tensor]  # of each prompt: (patches, channels * time * height * width)
+    grid_thw: torch.Tensor  # (images, 3) in patches
 
-def run_block(block, x, rotary, attend, checkpoint_activations: bool) -> torch.Tensor:
-    """block(x, rotary, attend), of either tower; its activations can be recomputed in the backward pass, not stored."""
-    if checkpoint_activations and torch.is_grad_enabled():
-        return checkpoint(block, x, rotary, attend, use_reentrant=False)
-    return block(x, rotary, attend)
+    @classmethod
+    def from_prompts(cls, prompts, config=None, device="cpu") -> "PromptBatch":
+        """Build from objects with .ids (P,), .pixels (patches, ...) and .grid_thw (images, 3)."""
+        return cls(
+            ids=pad_sequence([prompt.ids for prompt in prompts], batch_first=True).to(device),
+            lengths=torch.tensor([len(prompt.ids) for prompt in prompts], device=device),
+            pixels=[prompt.pixels.to(device) for prompt in prompts],
+            grid_thw=torch.cat([prompt.grid_thw for prompt in prompts]).to(device))
 
-class Layer(nn.Module):
-    """One transformer block. It sees flat tokens only, so prompts and completions go through it in a single call."""
 
-    def __init__(self, config, index: int):
-        super().__init__()
-        self.index, heads = index, (config.num_attention_heads, config.num_key_value_heads)
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = Attention(config.hidden_size, *heads, bias=False)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=False)
+def pad_completions(groups) -> tuple[torch.Tensor, torch.Tensor]:
+    """B groups of N token-id tensors -> ids (B, N, T), right-padded, mask True on real tokens."""
+    lengths = torch.tensor([[len(ids) for ids in group] for group in groups])  # (B, N)
+    ids = pad_sequence([ids for group in groups for ids in group], batch_first=True)  # (B*N, T)
+    mask = torch.arange(ids.shape[1]) < lengths[..., None]  # (B, N, T)
+    return ids.view(mask.shape), mask
 
-    def forward(self, x, rotary, attend) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotary, partial(attend, self.index))
-        return x + self.mlp(self.post_attention_layernorm(x))
 
-class Attention(nn.Module):
-    """Projections and rotation, for both towers; who attends to whom is decided by attend(q, k, v)."""
+# ---- Which token sees which --------------------------------------------------------------------
 
-    def __init__(self, width: int, heads: int, kv_heads: int, bias: bool):
-        super().__init__()
-        self.heads = (heads, kv_heads, kv_heads)
-        self.qkv = nn.Linear(width, sum(self.heads) * (width // heads), bias=True)
-        self.proj = nn.Linear(width, width, bias=bias)
 
-    def forward(self, x, rotary, attend) -> torch.Tensor:
-        heads = self.qkv(x).view(len(x), sum(self.heads), -1)
-        turned = rotary(heads[:, : sum(self.heads[:2])])  # queries and keys
-        q, k = turned.split(self.heads[:2], dim=1)  # (tokens, H, E), (tokens, K, E)
-        return self.proj(attend(q, k, heads[:, -self.heads[2] :]).flatten(1))
+def group_attention(module, query, key, value, attention_mask, attend=None, **kwargs):
+    """The attention function that every text layer runs: q (1, H, S, E), k and v (1, K, S, E)."""
+    output = attend(module.layer_idx, query[0], key[0], value[0])  # (S, H, E)
+    return output[None], None
 
-class GatedMLP(nn.Module):
-    """SwiGLU feed-forward block, gate and up projection in one matrix."""
 
-    def __init__(self, width: int, mlp_width: int, bias: bool):
-        super().__init__()
-        self.gate_up_proj = nn.Linear(width, 2 * mlp_width, bias=bias)
-        self.down_proj = nn.Linear(mlp_width, width, bias=bias)
+transformers.AttentionInterface.register("visurf", group_attention)
 
-    def forward(self, x) -> torch.Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
-
-class Rotary:
-    """Rotates pairs (i, i + E/2) of each head by a per-token angle, in float32 whatever the network's dtype."""
-
-    def __init__(self, angles: torch.Tensor):  # (tokens, E/2)
-        self.cos = torch.cat([angles, angles], dim=-1).cos()[:, None]  # (tokens, 1, E)
-        self.sin = torch.cat([-angles, angles], dim=-1).sin()[:, None]  # the first of a pair gets minus the second
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:  # (tokens, heads, E)
-        partner = x.roll(x.shape[-1] // 2, dims=-1)
-        return torch.addcmul(x * self.cos, partner, self.sin).to(x.dtype)
-
-    def at(self, index) -> "Rotary":
-        """The rotations of some tokens (n,) only."""
-        chosen = copy(self)
-        chosen.cos, chosen.sin = self.cos[index], self.sin[index]
-        return chosen
-
-# ---- Who attends to whom ---------------------------------------------------------------------------------------------
 
 class GroupAttention:
     """Causal attention inside each prompt; each completion sees its own prompt and its own past.
 
-    Called as attend(layer, q, k, v) on flat tokens: B*P of prompts, then those of completions that are True in `real`
-    (B, N, T). Prompts are right-padded: under a causal mask no real token ever sees the padding behind it, so prompts
-    need no mask, only the completions that follow. With `cache`, the prompts' keys and values are kept for decoding.
+    The flat sequence holds B*P prompt tokens and then the completions' tokens that are True in
+    `real` (B, N, T). Prompts are right-padded: under a causal mask no real token ever sees the
+    padding behind it, so only completions need a mask. A `cache` keeps the prompts' keys and
+    values for decoding.
     """
 
-    def __init__(self, lengths, P: int, real=None, cache: "KVCache | None" = None):
-        self.B, self.P, self.cache, self.real = len(lengths), P, cache, None
+    def __init__(self, lengths, P: int, real=None, cache=None):
+        self.B = len(lengths)
+        self.P = P
+        self.cache = cache
+        self.real = None
         if real is not None and real.any():
-            B, self.N, T = real.shape
-            prompt = torch.arange(P, device=lengths.device) < lengths[:, None]  # (B, P) True = a real prompt token
-            causal = torch.ones(T, T, dtype=torch.bool, device=lengths.device).tril()
-            mask = torch.cat([prompt[:, None].expand(-1, T, -1), causal.expand(B, -1, -1)], dim=-1)
-            self.mask = mask.repeat_interleave(self.N, dim=0)[:, None]  # (B*N, 1, T, P+T) True = may be seen
+            _, self.N, T = real.shape
             self.real = real.flatten(0, 1)  # (B*N, T)
+            prompt = torch.arange(P, device=lengths.device) < lengths[:, None]  # (B, P)
+            causal = torch.ones(T, T, dtype=torch.bool, device=lengths.device).tril()
+            mask = torch.cat([prompt[:, None].expand(-1, T, -1), causal.expand(self.B, -1, -1)],
+                             dim=-1)  # (B, T, P+T) True = may be seen
+            self.mask = mask.repeat_interleave(self.N, dim=0)  # (B*N, T, P+T)
+            self.bias = None
 
     def __call__(self, layer: int, q, k, v) -> torch.Tensor:
-        B, P = self.B, self.P
-        prompt_q, prompt_k, prompt_v = (x[: B * P].unflatten(0, (B, P)).transpose(1, 2) for x in (q, k, v))
+        """q (H, S, E), k and v (K, S, E) of all tokens -> their outputs (S, H, E)."""
+        prompt_q, prompt_k, prompt_v = (self.prompts(x) for x in (q, k, v))  # (B, heads, P, E)
         if self.cache is not None:
             self.cache.store_prompts(layer, prompt_k, prompt_v)
-        out = F.scaled_dot_product_attention(prompt_q, prompt_k, prompt_v, is_causal=True, enable_gqa=True)
-        out = out.transpose(1, 2).flatten(0, 1)  # (B*P, H, E)
+        output = F.scaled_dot_product_attention(prompt_q, prompt_k, prompt_v, is_causal=True,
+                                                enable_gqa=True)
+        output = output.transpose(1, 2).flatten(0, 1)  # (B*P, H, E)
         if self.real is None:
-            return out
-        rectangle = lambda x: x.new_zeros(*self.real.shape, *x.shape[1:]).index_put((self.real,), x)
-        own_q, own_k, own_v = (rectangle(x[B * P :]).transpose(1, 2) for x in (q, k, v))  # (B*N, heads, T, E)
-        # Grouped heads make keys and values small, so each completion gets a copy of its prompt's: autograd adds the
-        # copies' gradients up, and one fused attention call serves the group.
-        keys = torch.cat([prompt_k.repeat_interleave(self.N, dim=0), own_k], dim=2)  # (B*N, K, P+T, E)
+            return output
+
+        own_q, own_k, own_v = (self.completions(x) for x in (q, k, v))  # (B*N, heads, T, E)
+        # Keys and values are few and small, so each completion gets a copy of its prompt's:
+        # autograd adds the copies' gradients up, and one fused call serves the whole group.
+        keys = torch.cat([prompt_k.repeat_interleave(self.N, dim=0), own_k], dim=2)
         values = torch.cat([prompt_v.repeat_interleave(self.N, dim=0), own_v], dim=2)
-        own = F.scaled_dot_product_attention(own_q, keys, values, attn_mask=self.mask, enable_gqa=True)
-        return torch.cat([out, own.transpose(1, 2)[self.real]])
+        # A boolean mask with enable_gqa has no fused kernel on CUDA. The g query heads that
+        # share a key head are therefore laid one after the other along the query axis.
+        rows, H, T, E = own_q.shape
+        K = keys.shape[1]
+        own_q = own_q.reshape(rows, K, H // K * T, E)
+        if self.bias is None:
+            # In numbers, and once for all layers: of a boolean mask, each layer would make and
+            # keep its own numbers. On CUDA, rows must begin at multiples of 8 numbers.
+            bias = torch.where(self.mask, 0.0, -torch.inf).to(q.dtype)
+            bias = F.pad(bias, (0, -bias.shape[-1] % 8)).repeat(1, H // K, 1)
+            self.bias = bias[:, None, :, : self.P + T]  # (B*N, 1, g*T, P+T)
+        own = F.scaled_dot_product_attention(own_q, keys, values, attn_mask=self.bias)
+        own = own.view(rows, H, T, E).transpose(1, 2)  # (B*N, T, H, E)
+        return torch.cat([output, own[self.real]])
+
+    def prompts(self, x) -> torch.Tensor:
+        """The prompts' part of x (heads, S, E), as (B, heads, P, E)."""
+        return x[:, : self.B * self.P].unflatten(1, (self.B, self.P)).transpose(0, 1)
+
+    def completions(self, x) -> torch.Tensor:
+        """The completions' part of x (heads, S, E), padded: (B*N, heads, T, E)."""
+        tokens = x[:, self.B * self.P :].transpose(0, 1)  # (n, heads, E)
+        padded = x.new_zeros(*self.real.shape, *tokens.shape[1:])
+        return padded.index_put((self.real,), tokens).transpose(1, 2)
+
 
 class KVCache:
-    """Keys and values while decoding: each prompt's once, and a preallocated stretch for each of its N rows.
+    """Keys and values while decoding: each prompt's once, and room for those of its N rows.
 
-    Called as attend(layer, q, k, v) on one new token per row (B*N, heads, E). Rows of one prompt share the product with
-    the prompt's keys: no copy of a 900-token prompt per rollout, in memory or in bandwidth.
-
-    `fixed` is for a captured step: attention reads a stretch of the rows that doubles now and then, partly masked.
+    Called as the attention of one new token in each row. All rows of a prompt share one product
+    with its keys: no prompt is copied for each rollout. With `fixed`, for a captured CUDA graph,
+    attention reads a stretch of slots that doubles now and then, the empty ones masked.
     """
 
     def __init__(self, num_layers: int, lengths, N: int, max_tokens: int, fixed: bool = False):
-        self.B, self.N, self.lengths, self.max_tokens, self.fixed = len(lengths), N, lengths, max_tokens, fixed
-        self.t, self.used = -1, 0  # the slot that the current token fills, and how many slots attention reads
-        self.slot = torch.zeros(1, dtype=torch.long, device=lengths.device)  # t, where a captured graph can see it
-        self.prompts = [None] * num_layers  # per layer: keys (B*K, E, P), as products want them, and values (B*K, P, E)
-        self.rows = [None] * num_layers  # per layer: keys and values (B, K, N, max_tokens, E)
+        self.B = len(lengths)
+        self.N = N
+        self.lengths = lengths
+        self.max_tokens = max_tokens
+        self.fixed = fixed
+        self.t = -1  # the slot that the current token fills
+        self.used = 0  # how many slots attention reads
+        # t on the device, where a captured graph can see it change.
+        self.slot = torch.zeros(1, dtype=torch.long, device=lengths.device)
+        self.prompts = [None] * num_layers  # keys (B*K, E, P), values (B*K, P, E)
+        self.rows = [None] * num_layers  # keys and values (B, K, N, max_tokens, E)
 
-    def store_prompts(self, layer: int, k, v):  # (B, K, P, E) each
+    def store_prompts(self, layer: int, k, v):
+        """Keep a layer's prompt keys and values, (B, K, P, E) each."""
         B, self.K, self.P, E = k.shape
-        self.prompts[layer] = k.mT.flatten(0, 1).contiguous(), v.flatten(0, 1).contiguous()
+        # Keys are transposed once, into the layout that every later product reads.
+        self.prompts[layer] = (k.mT.flatten(0, 1).contiguous(), v.flatten(0, 1).contiguous())
         self.rows[layer] = k.new_zeros(2, B, self.K, self.N, self.max_tokens, E).unbind()
         if layer == 0:
             self.make_mask()
 
     def make_mask(self):
-        """What is added to scores (B*K, 1, P + max_tokens): -inf on padding and on slots that are not filled yet."""
+        """What is added to scores, (B*K, 1, P + max_tokens): -inf on padding and empty slots."""
         place = torch.arange(self.P + self.max_tokens, device=self.lengths.device)
-        seen = (place < self.lengths[:, None]) | ((place >= self.P) & (place <= self.P + self.t))  # (B, P + max_tokens)
-        self.mask = torch.where(seen, 0.0, -torch.inf).repeat_interleave(self.K, dim=0)[:, None]
+        in_prompt = place < self.lengths[:, None]  # (B, P + max_tokens)
+        in_rows = (place >= self.P) & (place <= self.P + self.t)
+        mask = torch.where(in_prompt | in_rows, 0.0, -torch.inf)
+        self.mask = mask.repeat_interleave(self.K, dim=0)[:, None]
         self.padded = bool((self.lengths < self.P).any())
 
     def advance(self) -> bool:
-        """Open the slot of the next token; True if attention reads more slots than before: a captured graph is void."""
-        self.t, before = self.t + 1, self.used
+        """Open the next token's slot; True if attention reads more slots than it did before."""
+        before = self.used
+        self.t += 1
         self.slot.fill_(self.t)
         self.mask[..., self.P + self.t] = 0
-        self.used = min(max(64, 1 << self.t.bit_length()), self.max_tokens) if self.fixed else self.t + 1
+        self.used = self.t + 1
+        if self.fixed:
+            self.used = min(max(64, 1 << self.t.bit_length()), self.max_tokens)
         return self.used != before
 
     def __call__(self, layer: int, q, k, v) -> torch.Tensor:
+        """One token of each row: q (H, R, E), k and v (K, R, E) -> outputs (R, H, E)."""
         B, N, K, P, used = self.B, self.N, self.K, self.P, self.used
-        g, E = q.shape[1] // K, q.shape[2]  # g query heads share a key/value head
+        g = q.shape[0] // K
+        E = q.shape[2]
         keys, values = self.rows[layer]
-        keys.index_copy_(3, self.slot, k.view(B, N, K, 1, E).transpose(1, 2))
-        values.index_copy_(3, self.slot, v.view(B, N, K, 1, E).transpose(1, 2))
+        keys.index_copy_(3, self.slot, k.view(K, B, N, 1, E).transpose(0, 1))
+        values.index_copy_(3, self.slot, v.view(K, B, N, 1, E).transpose(0, 1))
         prompt_k, prompt_v = self.prompts[layer]
 
-        q = (q * E**-0.5).view(B, N, K, g, E).transpose(1, 2).reshape(B * K, N * g, E)
-        on_prompt = product(q, prompt_k)  # (B*K, N*g, P): all rows of a prompt against its keys at once
+        # (K, g, B, N, E) -> (B, K, N, g, E): the queries of a prompt's rows stand together.
+        q = (q * E**-0.5).view(K, g, B, N, E).permute(2, 0, 3, 1, 4).reshape(B * K, N * g, E)
+        on_prompt = product(q, prompt_k)  # (B*K, N*g, P)
         on_own = product(q.view(-1, g, E), keys.flatten(0, 2)[:, :used].mT)  # (B*K*N, g, used)
         scores = torch.cat([on_prompt, on_own.view(B * K, N * g, used)], dim=-1)
         if self.fixed or self.padded:
             scores += self.mask[..., : P + used]
         weights = scores.softmax(dim=-1).to(q.dtype)
-        out = torch.bmm(weights[..., :P], prompt_v)  # (B*K, N*g, E)
-        on_own = weights[..., P:].view(-1, g, used)
-        out = torch.baddbmm(out.view(-1, g, E), on_own, values.flatten(0, 2)[:, :used])
-        return out.view(B, K, N, g, E).transpose(1, 2).reshape(B * N, K * g, E)
+        output = torch.bmm(weights[..., :P], prompt_v)  # (B*K, N*g, E)
+        own_weights = weights[..., P:].view(-1, g, used)
+        own_values = values.flatten(0, 2)[:, :used]
+        output = torch.baddbmm(output.view(-1, g, E), own_weights, own_values)  # (B*K*N, g, E)
+        return output.view(B, K, N, g, E).transpose(1, 2).reshape(B * N, K * g, E)
 
     def keep(self, prompts, rows):
-        """Keep only some prompts (B',) and rows (B', N'), in that order: finished rows cost nothing any more."""
-        own = lambda x: x.transpose(1, 2)[rows // self.N, rows % self.N].transpose(1, 2).contiguous()
-        shared = lambda x: x.unflatten(0, (self.B, self.K))[prompts].flatten(0, 1)
-        for layer in range(len(self.rows)):  # one at a time: two copies of the whole would be much memory
-            self.rows[layer] = tuple(own(x) for x in self.rows[layer])
+        """Go on with some prompts (B',) and rows (B', N') only: finished rows cost no more."""
+        prompt_heads = prompts[:, None] * self.K + torch.arange(self.K, device=rows.device)
+        prompt_heads = prompt_heads.flatten()  # (B'*K,)
+        # Layer by layer, for two copies of the whole cache would be much memory.
+        for layer, pair in enumerate(self.rows):
+            kept = [x.transpose(1, 2)[rows // self.N, rows % self.N] for x in pair]
+            self.rows[layer] = [x.transpose(1, 2).contiguous() for x in kept]
             if len(prompts) < self.B:
-                self.prompts[layer] = tuple(shared(x) for x in self.prompts[layer])
-        self.lengths, (self.B, self.N) = self.lengths[prompts], rows.shape
+                self.prompts[layer] = [x[prompt_heads] for x in self.prompts[layer]]
+        self.lengths = self.lengths[prompts]
+        self.B, self.N = rows.shape
         self.make_mask()
 
-# ---- Vision tower ----------------------------------------------------------------------------------------------------
 
-class VisionTower(nn.Module):
-    """ViT over the patches of all images at once; merge x merge neighbouring patches leave it as one feature.
+# ---- Log-probs without the logits of a whole batch in memory -----------------------------------
 
-    Qwen2-VL has LayerNorm and QuickGELU. Qwen2.5-VL has RMSNorm and SwiGLU, and most blocks see only a window.
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        self.config, self.windowed = config, hasattr(config, "window_size")
-        self.width = config.hidden_size if self.windowed else config.embed_dim
-        self.patch_embed = PatchEmbed(config, self.width)
-        self.blocks = nn.ModuleList(VisionBlock(config, self.width, self.windowed) for _ in range(config.depth))
-        self.merger = PatchMerger(config, self.width, self.windowed)
-
-    def forward(self, pixels, grid_thw, checkpoint_activations: bool = False) -> torch.Tensor:
-        """A list of pixels (patches, channels*time*14*14) and grid_thw (images, 3) -> features (patches/merge**2, D).
-
-        Patches come in the processor's order: those of one feature are neighbours. ValueError for videos.
-        """
-        grids, merge = grid_thw.tolist(), self.config.spatial_merge_size
-        if any(t != 1 for t, _, _ in grids):
-            raise ValueError(f"only still images are supported, got grids {grids}")
-        x = torch.cat([self.patch_embed(part) for part in pixels])  # (patches, width)
-        angles = patch_angles(grids, merge, self.width // self.config.num_heads)
-        images = windows = [h * w for _, h, w in grids]  # lengths of the segments that attention stays inside
-        if self.windowed:
-            order, windows = window_order(grids, merge, self.config.window_size // self.config.patch_size // merge)
-            patches = (order[:, None] * merge**2 + torch.arange(merge**2)).flatten()
-            x, angles = x[patches.to(x.device)], angles[patches]
-        rotary = Rotary(angles.to(x.device))
-        for i, block in enumerate(self.blocks):
-            whole = not self.windowed or i in self.config.fullatt_block_indexes
-            attend = partial(segment_attention, lengths=images if whole else windows)
-            x = run_block(block, x, rotary, attend, checkpoint_activations)
-        x = self.merger(x)
-        return x[order.argsort().to(x.device)] if self.windowed else x
-
-def segment_attention(q, k, v, lengths: list[int]) -> torch.Tensor:
-    """Full attention inside consecutive segments of q, k, v (patches, heads, E); equal ones share a call."""
-    outs, start = [], 0
-    for length, run in groupby(lengths):
-        n = len(list(run))
-        batch = (x[start : start + n * length].unflatten(0, (n, length)).transpose(1, 2) for x in (q, k, v))
-        outs.append(F.scaled_dot_product_attention(*batch).transpose(1, 2).flatten(0, 1))
-        start += n * length
-    return torch.cat(outs)
-
-def patch_angles(grids, merge: int, head_dim: int) -> torch.Tensor:
-    """2-D rotary angles (patches, E/2): half of the frequencies follow the patch's row, half its column."""
-    frequency = 10000.0 ** -(torch.arange(head_dim // 4).float() / (head_dim // 4))
-    angles = []
-    for _, h, w in grids:
-        row, column = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-        blocks = (x.view(h // merge, merge, w // merge, merge).transpose(1, 2).flatten() for x in (row, column))
-        angles.append(torch.cat([x[:, None] * frequency for x in blocks], dim=-1))
-    return torch.cat(angles)
-
-def window_order(grids, merge: int, window: int):
-    """An order of the merged patches with every attention window contiguous, and the windows' lengths in patches.
-
-    Windows of equal size follow each other (those at the border are smaller): they share one attention call.
-    """
-    order, lengths, start = [], [], 0
-    for _, h, w in grids:
-        h, w = h // merge, w // merge
-        row, column = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-        index = (row // window * w + column // window).flatten()  # which window each merged patch is in
-        size = torch.bincount(index)[index]  # and how many share it
-        inside = torch.argsort(size * h * w + index, stable=True)
-        order.append(inside + start)
-        lengths += torch.unique_consecutive(index[inside], return_counts=True)[1].tolist()
-        start += h * w
-    return torch.cat(order), [n * merge**2 for n in lengths]
-
-class PatchEmbed(nn.Module):
-    """A convolution whose stride is its kernel is a matrix product; on a CPU the convolution would dominate a step."""
-
-    def __init__(self, config, width: int):
-        super().__init__()
-        kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
-        self.proj = nn.Conv3d(config.in_channels, width, kernel, bias=False)
-
-    def forward(self, pixels) -> torch.Tensor:
-        weight = self.proj.weight.flatten(1)  # (width, channels*time*14*14)
-        return F.linear(pixels.to(weight.dtype), weight)
-
-class VisionBlock(nn.Module):
-    """One transformer block of the vision tower."""
-
-    def __init__(self, config, width: int, windowed: bool):
-        super().__init__()
-        norm = nn.RMSNorm if windowed else nn.LayerNorm
-        self.norm1, self.norm2 = norm(width, eps=1e-6), norm(width, eps=1e-6)
-        self.attn = Attention(width, config.num_heads, config.num_heads, bias=True)
-        if windowed:
-            self.mlp = GatedMLP(width, config.intermediate_size, bias=True)
-        else:
-            self.mlp = QuickMLP(width, int(width * config.mlp_ratio))
-
-    def forward(self, x, rotary, attend) -> torch.Tensor:
-        x = x + self.attn(self.norm1(x), rotary, attend)
-        return x + self.mlp(self.norm2(x))
-
-class QuickMLP(nn.Module):
-    """Two layers with QuickGELU, x * sigmoid(1.702 x), as in CLIP."""
-
-    def __init__(self, width: int, mlp_width: int):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, mlp_width), nn.Linear(mlp_width, width)
-
-    def forward(self, x) -> torch.Tensor:
-        x = self.fc1(x)
-        return self.fc2(x * torch.sigmoid(1.702 * x))
-
-class PatchMerger(nn.Module):
-    """Joins merge x merge neighbouring patches and projects them to the language model's width."""
-
-    def __init__(self, config, width: int, windowed: bool):
-        super().__init__()
-        self.joined = width * config.spatial_merge_size**2
-        self.ln_q = (nn.RMSNorm if windowed else nn.LayerNorm)(width, eps=1e-6)
-        out = config.out_hidden_size if windowed else config.hidden_size
-        self.mlp = nn.Sequential(nn.Linear(self.joined, self.joined), nn.GELU(), nn.Linear(self.joined, out))
-
-    def forward(self, x) -> torch.Tensor:
-        return self.mlp(self.ln_q(x).view(-1, self.joined))
-
-# ---- Prompts and completions as tensors ------------------------------------------------------------------------------
-
-@dataclass
-class PromptBatch:
-    """B prompts as one batch, right-padded; grids of all their images follow each other in prompt order."""
-
-    ids: torch.Tensor  # (B, P)
-    lengths: torch.Tensor  # (B,) real tokens of each prompt
-    positions: torch.Tensor  # (3, B, P) M-RoPE: time, height, width
-    next_position: torch.Tensor  # (B,) of the first completion token, equal on all three axes
-    pixels: list[torch.Tensor]  # of each prompt, (patches, channels*time*14*14); joined they would be a large copy
-    grid_thw: torch.Tensor  # (images, 3)
-
-    @classmethod
-    def from_prompts(cls, prompts, config, device="cpu") -> "PromptBatch":
-        """Build from objects with .ids (P,), .pixels (patches, ...) and .grid_thw (images, 3)."""
-        positions = [mrope_positions(p.ids, p.grid_thw, config) for p in prompts]  # (3, P) each
-        return cls(
-            ids=pad_sequence([p.ids for p in prompts], batch_first=True).to(device),
-            lengths=torch.tensor([len(p.ids) for p in prompts], device=device),
-            positions=pad_sequence([p.T for p in positions], batch_first=True).permute(2, 0, 1).to(device),
-            next_position=torch.stack([p.max() + 1 for p in positions]).to(device),
-            pixels=[p.pixels.to(device) for p in prompts],
-            grid_thw=torch.cat([p.grid_thw for p in prompts]))  # stays on the CPU: it only steers loops
-
-def mrope_positions(ids, grid_thw, config) -> torch.Tensor:
-    """M-RoPE positions (3, P) of one prompt (P,) with images grid_thw (images, 3), in patches (Qwen2-VL, section 2.1).
-
-    Text advances all three axes together. An image's tokens share one time; rows and columns count up from there, and
-    the text after it goes on from the largest position used. Raises ValueError if ids and grids disagree.
-    """
-    m, images = config.vision_config.spatial_merge_size, iter(grid_thw.tolist())
-    columns, start = [], 0
-    for is_image, run in groupby((ids == config.image_token_id).tolist()):  # images are apart: <|vision_end|> follows
-        n = len(list(run))
-        if is_image:
-            t, h, w = next(images, (0, 0, 0))
-            index = torch.cartesian_prod(torch.arange(t), torch.arange(h // m), torch.arange(w // m)).view(-1, 3).T
-        else:
-            index = torch.arange(n).expand(3, -1)
-        if index.shape[1] != n:
-            raise ValueError(f"{n} image tokens in a row do not match the grids {grid_thw.tolist()}")
-        columns.append(start + index)
-        start += int(index.max()) + 1
-    if next(images, None) is not None:
-        raise ValueError(f"{len(grid_thw)} images, but fewer stretches of image tokens in the prompt")
-    return torch.cat(columns, dim=1)
-
-def pad_completions(groups) -> tuple[torch.Tensor, torch.Tensor]:
-    """B groups of N token-id tensors -> ids (B, N, T), right-padded, and mask (B, N, T), True on real tokens."""
-    lengths = torch.tensor([[len(ids) for ids in group] for group in groups])  # (B, N)
-    padded = pad_sequence([ids for group in groups for ids in group], batch_first=True)
-    return padded.view(*lengths.shape, -1), torch.arange(padded.shape[1]) < lengths[..., None]
-
-# ---- Log-probs without the logits of a whole batch in memory ---------------------------------------------------------
-
-def token_log_probs(hidden, weight, targets, temperature: float = 1.0, forbidden=(), chunk: int = 256,
-                    expected=None) -> torch.Tensor:
-    """log softmax(hidden @ weight.T / temperature)[targets], (M,) float32, of hidden (M, D), weight (V, D).
-
-    Works through `chunk` rows at a time, so that memory does not grow with M * V. expected (M,) is what the gradient of
-    the loss by these log-probs will be, where that is known: see TokenLogProbs.
-    """
-    forbidden = torch.tensor(forbidden, dtype=torch.long, device=hidden.device)
-    return TokenLogProbs.apply(hidden, weight, targets, expected, (temperature, forbidden, chunk))
 
 class TokenLogProbs(torch.autograd.Function):
-    """Keeps no logits for the backward pass, which computes them once more, unless told the gradient that will arrive.
+    """log softmax(hidden @ weight.T / temperature)[targets], (M,) float32, chunk by chunk.
 
-    It is known beforehand for one update per sampling and for cross-entropy. Then a single pass computes log-probs and
-    gradients, and backward only checks that what was `expected` arrived.
+    hidden (M, D), weight (V, D), targets (M,). No logits are stored, so memory does not grow with
+    M * V: the backward pass computes them once more. Where the loss's gradient by the log-probs
+    is known beforehand, `gradient` (M,), not even that is needed: the forward pass then computes
+    log-probs and gradients from the same logits.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, expected, settings):
-        ctx.settings, ctx.expected = settings, expected
-        ctx.save_for_backward(hidden, weight, targets)
-        values, *ctx.gradients = log_probs_by_chunk(hidden, weight, targets, *settings, grad=expected)
+    def forward(ctx, hidden, weight, targets, temperature, forbidden, gradient):
+        ctx.settings = (targets, temperature, forbidden)
+        ctx.gradient = gradient
+        ctx.save_for_backward(hidden, weight)
+        values, *ctx.results = log_probs_by_chunk(hidden, weight, *ctx.settings, gradient)
         return values
 
     @staticmethod
-    def backward(ctx, grad):
-        guess, gradients, ctx.expected = ctx.expected, ctx.gradients, None
-        if guess is None or not torch.allclose(grad, guess, rtol=1e-5, atol=0):
-            _, *gradients = log_probs_by_chunk(*ctx.saved_tensors, *ctx.settings, grad=grad)
-        ctx.gradients = None
-        return *gradients, None, None, None
+    def backward(ctx, arrived):
+        if ctx.gradient is None:
+            _, *ctx.results = log_probs_by_chunk(*ctx.saved_tensors, *ctx.settings, arrived)
+        elif not torch.allclose(arrived, ctx.gradient, rtol=1e-4, atol=1e-12, equal_nan=True):
+            raise RuntimeError("the loss has another gradient than was said beforehand")
+        grad_hidden, grad_weight = ctx.results
+        ctx.results = None
+        return grad_hidden, grad_weight, None, None, None, None
 
-def log_probs_by_chunk(hidden, weight, targets, temperature, forbidden, chunk, grad=None):
-    """Log-probs (M,), and the gradients of hidden (M, D) and weight (V, D) if that of the log-probs (M,) is given."""
+
+def log_probs_by_chunk(hidden, weight, targets, temperature, forbidden, gradient=None, chunk=256):
+    """Log-probs (M,) and, given the loss's gradient by them (M,), its gradients by hidden (M, D)
+    and weight (V, D)."""
     values = hidden.new_empty(len(hidden), dtype=torch.float32)
     grad_hidden = grad_weight = None
-    if grad is not None:
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
+    if gradient is not None:
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+    # One buffer serves all chunks: memory of this size is slow to get anew.
     space = values.new_empty(min(chunk, len(hidden)), len(weight))
     for start in range(0, len(hidden), chunk):
         part = slice(start, start + chunk)
-        h, target = hidden[part], targets[part, None]
-        logits = scaled_logits(h, weight, temperature, forbidden, space)  # (chunk, V)
-        at_target, top = logits.gather(1, target), logits.amax(dim=-1, keepdim=True)
-        exp = logits.sub_(top).exp_()  # in place: a second chunk of this size would be much memory
+        target = targets[part, None]  # (chunk, 1)
+        logits = scaled_logits(hidden[part], weight, temperature, forbidden, space)
+        at_target = logits.gather(1, target)
+        top = logits.amax(dim=-1, keepdim=True)
+        exp = logits.sub_(top).exp_()  # in place, (chunk, V)
         total = exp.sum(dim=-1, keepdim=True)
         values[part] = (at_target - top - total.log())[:, 0]
-        if grad is not None:
-            g = grad[part, None] / temperature
-            d_logits = exp.mul_(-g / total).scatter_add_(1, target, g).to(weight.dtype)  # g * (one-hot - softmax)
+        if gradient is not None:
+            # d log p(target) / d logits = one-hot(target) - softmax
+            g = gradient[part, None] / temperature
+            d_logits = exp.mul_(-g / total).scatter_add_(1, target, g).to(weight.dtype)
             grad_hidden[part] = d_logits @ weight
             if weight.dtype == torch.float32:
-                grad_weight.addmm_(d_logits.T, h)
+                grad_weight.addmm_(d_logits.T, hidden[part])
             else:
-                grad_weight += product(d_logits.T, h)
-    return values, grad_hidden, None if grad is None else grad_weight.to(weight.dtype)
+                grad_weight += product(d_logits.T, hidden[part])
+    if gradient is not None:
+        grad_weight = grad_weight.to(weight.dtype)
+    return values, grad_hidden, grad_weight
 
-def scaled_logits(hidden, weight, temperature: float, forbidden, space=None) -> torch.Tensor:
-    """Float32 logits (M, V) / temperature with forbidden tokens at -inf: the one definition of the policy's softmax.
-    They are written into `space` (at least M, V), if given: chunk after chunk needs no new memory."""
-    logits = product(hidden, weight.T, out=None if space is None else space[: len(hidden)])
+
+def scaled_logits(hidden, weight, temperature, forbidden, space=None) -> torch.Tensor:
+    """Float32 logits (M, V) of the policy, written into the first rows of `space`, if given."""
+    out = None if space is None else space[: len(hidden)]
+    logits = product(hidden, weight.T, out)
     if temperature != 1:
         logits.div_(temperature)
     return logits.index_fill_(1, forbidden, -torch.inf)
 
+
 def product(a, b, out=None) -> torch.Tensor:
-    """a @ b, of two matrices or two batches, in float32. Half-precision factors need no copy for that on a GPU, whose
-    matrix units add up in float32; a CPU is faster in float32 anyway."""
+    """a @ b, of two matrices or two batches of matrices, in float32."""
     multiply = torch.mm if a.dim() == 2 else torch.bmm
-    if a.dtype != torch.float32 and a.is_cuda:
+    if a.is_cuda and a.dtype != torch.float32:
+        # A GPU's matrix units add up half-precision products in float32 without a copy.
         return multiply(a, b, out_dtype=torch.float32, out=out)
     return multiply(a.float(), b.float(), out=out)
 
-# ---- Sampling --------------------------------------------------------------------------------------------------------
 
-@dataclass
-class Completion:
-    """What was sampled: ids (T,) with the end token if there is one, their log-probs (T,) under the sampling
-    distribution, and whether it ended by itself (False = cut off at the length limit)."""
+# ---- Sampling ----------------------------------------------------------------------------------
 
-    ids: torch.Tensor
-    logprobs: torch.Tensor
-    finished: bool
+# Looking for finished rows synchronises with a GPU, and dropping some means another graph.
+LOOK_EVERY = {"cpu": 1, "cuda": 8}  # tokens between two looks
+DROP_BELOW = {"cpu": 0.8, "cuda": 0.5}  # drop once this share of the slots is enough
 
-def generate(network: QwenVL, prompts, num_generations: int = 1, max_new_tokens: int = 256, temperature: float = 1.0,
-             top_p: float = 1.0, top_k: int = 0, seeds=None, cuda_graph: bool = True) -> list[list[Completion]]:
+
+class Completion(NamedTuple):
+    """A sampled completion."""
+
+    ids: torch.Tensor  # (T,) with the end token, if there is one
+    logprobs: torch.Tensor  # (T,) under the distribution that was sampled from
+    finished: bool  # False: cut off at the length limit
+
+
+@torch.inference_mode()
+def generate(network: GroupPolicy, prompts, num_generations: int = 1, max_new_tokens: int = 256,
+             temperature: float = 1.0, seeds=None, cuda_graph=True) -> list[list[Completion]]:
     """Sample num_generations completions of each prompt; temperature 0 is greedy decoding.
 
-    `seeds` holds one integer per prompt (default 0, 1, ...): it decides every token of that prompt's rollouts, whatever
-    else is in the batch. Each prompt is run once; finished rows leave the batch. `cuda_graph` changes only the time.
+    seeds: an integer below 2**32 for each prompt (default 0, 1, ...) that decides every token of
+    its rollouts, whatever else is in the batch. Each prompt is run once; rows that have finished
+    leave the batch. cuda_graph changes only the time.
     """
-    seeds, groups = list(seeds or range(len(prompts))), [None] * len(prompts)
-    for batch in similar_lengths([len(prompt.ids) for prompt in prompts]):
-        uniform = uniform_draws([seeds[i] for i in batch], num_generations, max_new_tokens)
-        with torch.inference_mode():  # no_grad, and a little faster for small operations
-            decoder = Decoder(network, [prompts[i] for i in batch], num_generations, max_new_tokens, cuda_graph)
-            ids, logprobs = sample_rows(decoder, uniform.to(network.head_weight.device), temperature, top_p, top_k)
-        ids, logprobs = ids.cpu().clone(), logprobs.cpu().clone()  # cloned: fit for autograd again
-        ended = torch.isin(ids, torch.tensor(network.stop_tokens))  # (max_new_tokens, B*N)
-        rows = []
-        for r, finished in enumerate(ended.any(dim=0).tolist()):
-            length = int(ended[:, r].int().argmax()) + 1 if finished else max_new_tokens
-            rows.append(Completion(ids[:length, r], logprobs[:length, r], finished))
-        for i in batch:
-            groups[i], rows = rows[:num_generations], rows[num_generations:]
-    return groups
-
-def similar_lengths(lengths: list[int]) -> list[list[int]]:
-    """Indices in batches, from the shortest on, each with its longest at most twice its shortest. Less padding would
-    mean more batches, and a step of decoding costs nearly the same for few rows as for many."""
-    batches = []
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if not batches or lengths[i] > 2 * lengths[batches[-1][0]]:
-            batches.append([])
-        batches[-1].append(i)
-    return batches
-
-CAPTURED_ON = ("cuda",)  # where the decoding step becomes a graph
-LOOK_EVERY = {"cpu": 1, "cuda": 8}  # tokens from one look for finished rows to the next: a look waits for the GPU
-DROP_BELOW = {"cpu": 0.8, "cuda": 0.5}  # they go when slots can shrink to this share: that means another graph
-
-def sample_rows(decoder: "Decoder", uniform, temperature: float, top_p: float, top_k: int):
-    """Token ids and log-probs, (max_new_tokens, B*N) each; what follows a row's end token means nothing."""
-    network, cache, device = decoder.network, decoder.cache, uniform.device
-    forbidden = torch.tensor(network.forbidden_tokens, dtype=torch.long, device=device)
+    decoder = Decoder(network, prompts, num_generations, max_new_tokens, cuda_graph)
+    device = decoder.position.device
     stop = torch.tensor(network.stop_tokens, dtype=torch.long, device=device)
+    forbidden = torch.tensor(network.forbidden_tokens, dtype=torch.long, device=device)
+    # A number in [0, 1) for every token, drawn beforehand and for each prompt by itself: neither
+    # other prompts in the batch nor rows that leave it move the stream.
+    draws = []
+    for seed in range(len(prompts)) if seeds is None else seeds:
+        generator = torch.Generator().manual_seed(seed)
+        draws.append(torch.rand(num_generations, max_new_tokens, generator=generator,
+                                dtype=torch.float64))
+    uniform = torch.cat(draws).T.to(device)  # (length, R)
     ids = torch.zeros(uniform.shape, dtype=torch.long, device=device)
     logprobs = torch.zeros(uniform.shape, device=device)
-    hidden = decoder.prefill()  # (B*N, D)
-    row = torch.arange(len(hidden), device=device)  # which completion a slot of the batch works on
+    row = torch.arange(uniform.shape[1], device=device)  # the completion that a slot works on
     alive = torch.ones_like(row, dtype=torch.bool)  # slots that have not finished
-    for t in range(len(uniform)):
-        logits = scaled_logits(hidden, network.head_weight, temperature or 1.0, forbidden)
-        tokens, values = sample_tokens(logits, uniform[t, row], temperature == 0, top_p, top_k)
-        ids[t, row], logprobs[t, row] = tokens, values
-        alive &= ~torch.isin(tokens, stop)
-        if t % LOOK_EVERY[device.type] == 0:
+
+    hidden = decoder.prefill()  # (R, D)
+    for t in range(max_new_tokens):
+        logits = scaled_logits(hidden, network.vlm.lm_head.weight, temperature or 1.0, forbidden)
+        probabilities = logits.softmax(dim=-1)  # (R, V)
+        if temperature == 0:
+            tokens = logits.argmax(dim=-1, keepdim=True)
+        else:
+            tokens = draw(probabilities, uniform[t, row, None])
+        ids[t, row] = tokens[:, 0]
+        logprobs[t, row] = probabilities.gather(1, tokens).log()[:, 0]
+        alive &= ~torch.isin(tokens[:, 0], stop)
+        if t + 1 == max_new_tokens:
+            break
+        if (t + 1) % LOOK_EVERY[device.type] == 0:
             if not alive.any():
                 break
-            keep = rows_worth_keeping(alive.view(cache.B, cache.N), DROP_BELOW[device.type])
-            if keep is not None:
-                decoder.keep(*keep)
-                tokens, alive, row = (x[keep[1].flatten()] for x in (tokens, alive, row))
-        if t + 1 < len(uniform):
-            hidden = decoder.step(tokens)
-    return ids, logprobs
+            rows = decoder.drop_finished(alive, DROP_BELOW[device.type])
+            if rows is not None:
+                tokens, row, alive = tokens[rows], row[rows], alive[rows]
+        hidden = decoder.step(tokens[:, 0])
+    rows = split_rows(ids.cpu(), logprobs.cpu(), stop.cpu())
+    return [rows[i : i + num_generations] for i in range(0, len(rows), num_generations)]
+
+
+def draw(probabilities, uniform, block: int = 128) -> torch.Tensor:
+    """Index (R, 1) where the cumulative probabilities (R, V) pass uniform (R, 1) in [0, 1).
+
+    torch.multinomial takes 143 ms for 32 rows of 152,000 words on a CPU. Here the block of words
+    is found first, and then the word in it, so that float64 sums run over few numbers.
+    """
+    R, V = probabilities.shape
+    if V % block > 0:
+        probabilities = F.pad(probabilities, (0, -V % block))
+    blocks = probabilities.view(R, -1, block)
+    sums = blocks.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64)  # (R, blocks)
+    which = invert(sums, uniform)  # (R, 1)
+    before = F.pad(sums, (1, 0)).gather(1, which)  # probability of all earlier blocks
+    inside = blocks.gather(1, which[..., None].expand(-1, -1, block))[:, 0]
+    inside = inside.cumsum(dim=-1, dtype=torch.float64)  # (R, block)
+    rest = (uniform * sums[:, -1:] - before) / inside[:, -1:]
+    # Sums that are not numbers give some word, whose log-prob then shows that they are not.
+    return (which * block + invert(inside, rest)).clamp(max=V - 1)
+
+
+def invert(cumulative, fraction) -> torch.Tensor:
+    """Index (R, 1) where cumulative sums (R, C) pass a fraction (R, 1) of their last one."""
+    # Rounding must not reach the end of the sums, where probabilities may be 0.
+    target = fraction.clamp(0, 1 - 1e-12) * cumulative[:, -1:]
+    index = torch.searchsorted(cumulative, target, right=True)
+    return index.clamp(max=cumulative.shape[-1] - 1)
+
+
+def split_rows(ids, logprobs, stop) -> list[Completion]:
+    """Sampled ids and log-probs (length, R) as R completions, each cut after its end token."""
+    ended = torch.isin(ids, stop)  # (length, R)
+    completions = []
+    for r, finished in enumerate(ended.any(dim=0).tolist()):
+        length = int(ended[:, r].int().argmax()) + 1 if finished else len(ids)
+        completions.append(Completion(ids[:length, r], logprobs[:length, r], finished))
+    return completions
+
 
 class Decoder:
-    """Runs prompts once, then one token of each of their rows at a time.
+    """Prompts run once, then one token for each row and step; on CUDA the step is a graph."""
 
-    On CUDA the step is captured as a graph: one launch instead of some 25 a layer. The first step of every new shape
-    runs eagerly, which is also the warm-up that capturing needs.
-    """
-
-    def __init__(self, network: QwenVL, prompts, N: int, max_tokens: int, cuda_graph: bool = True):
-        self.network, self.graph = network, None
-        self.batch = PromptBatch.from_prompts(prompts, network.config, network.head_weight.device)
-        self.captures = cuda_graph and self.batch.ids.device.type in CAPTURED_ON
-        layers = network.config.text_config.num_hidden_layers
-        self.cache = KVCache(layers, self.batch.lengths, N, max_tokens, fixed=self.captures)
-        self.position = self.batch.next_position.repeat_interleave(N)  # (B*N,) of the token that goes in next
-        everywhere = torch.arange(int(self.position.max()) + max_tokens, device=self.position.device)
-        self.rotary = network.model.rotary(everywhere.expand(3, -1))  # after the prompt all three axes are equal
+    def __init__(self, network: GroupPolicy, prompts, N: int, max_tokens: int, cuda_graph: bool):
+        self.network = network
+        device = network.vlm.lm_head.weight.device
+        self.batch = PromptBatch.from_prompts(prompts, network.config, device)
+        self.captures = cuda_graph and device.type == "cuda"
+        self.graph = None
+        num_layers = network.config.text_config.num_hidden_layers
+        self.cache = KVCache(num_layers, self.batch.lengths, N, max_tokens, fixed=self.captures)
+        self.prompt_positions, next_position = network.positions(self.batch)
+        self.position = next_position.repeat_interleave(N)  # (R,) of the token that goes in next
 
     def prefill(self) -> torch.Tensor:
-        """Final hidden states (B*N, D) of the prompts' last tokens, equal for all rows of a prompt."""
-        states, lengths = self.network.prompt_states(self.batch, self.cache), self.batch.lengths
-        last = states[torch.arange(len(states), device=states.device), lengths - 1]  # (B, D)
-        return self.network.model.norm(last).repeat_interleave(self.cache.N, dim=0)
+        """Hidden states (R, D) of the prompts' last tokens, equal for all rows of a prompt."""
+        B, P = self.batch.ids.shape
+        attend = GroupAttention(self.batch.lengths, P, cache=self.cache)
+        hidden = self.network.hidden_states(self.batch, self.prompt_positions, attend)
+        hidden = hidden.view(B, P, -1)
+        last = hidden[torch.arange(B, device=hidden.device), self.batch.lengths - 1]  # (B, D)
+        return last.repeat_interleave(self.cache.N, dim=0)
 
     def step(self, tokens) -> torch.Tensor:
-        """Tokens (B*N,) -> final hidden states (B*N, D), valid until the next step."""
-        if self.cache.advance() or self.graph is None:
+        """Tokens (R,) -> hidden states (R, D), valid until the next step."""
+        grown = self.cache.advance()
+        if grown or self.graph is None:
+            # Drop an old graph before another is captured: they share cuBLAS's workspace.
+            self.graph = None
             self.tokens = tokens.clone()
             hidden = self.run()
-            self.graph = self.capture() if self.captures else None
+            if self.captures:
+                self.graph = self.capture()
         else:
             self.tokens.copy_(tokens)
             self.graph.replay()
@@ -673,225 +547,177 @@ class Decoder:
         return hidden
 
     def capture(self):
-        """A graph of `run`, which reads and writes the tensors that are in use now; nothing is computed yet."""
+        """Record `run`, on the tensors that are in use now, as a graph; nothing is computed."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self.hidden = self.run()
         return graph
 
     def run(self) -> torch.Tensor:
-        model = self.network.model
-        return model.norm(model(model.embed_tokens(self.tokens), self.rotary.at(self.position), self.cache))
+        """One pass of the language model over the current token of every row."""
+        # The layers of `language_model`, whose own forward would spend a twentieth of a small
+        # network's step on masks and caches that are not used here.
+        text = self.network.vlm.model.language_model
+        x = text.embed_tokens(self.tokens[None])  # (1, R, D)
+        rotary = text.rotary_emb(x, self.position.expand(3, 1, -1))
+        for layer in text.layers:
+            x = layer(x, position_embeddings=rotary, attend=self.cache)
+        return text.norm(x)[0]
 
-    def keep(self, prompts, rows):
-        """Go on with some prompts (B',) and rows (B', N') only."""
+    def drop_finished(self, alive, share: float):
+        """Drop finished rows if what remains has at most `share` of the slots; alive (R,).
+
+        What remains must be a rectangle again: the prompts that have a living row, and as many
+        rows of each as the fullest of them needs. Returns the slots (R',) that are kept, or None.
+        """
+        N = self.cache.N
+        alive = alive.view(-1, N)  # (B, N)
+        living = alive.sum(dim=1)
+        prompts = living.nonzero()[:, 0]  # (B',)
+        most = int(living.max())
+        if len(prompts) * most > share * alive.numel():
+            return None
+        living_first = alive[prompts].int().argsort(dim=1, descending=True, stable=True)
+        rows = prompts[:, None] * N + living_first[:, :most]  # (B', N')
         self.cache.keep(prompts, rows)
-        self.position, self.graph = self.position[rows.flatten()], None
+        self.position = self.position[rows.flatten()]
+        self.graph = None
+        return rows.flatten()
 
-def uniform_draws(seeds, N: int, length: int) -> torch.Tensor:
-    """One uniform number in [0, 1) for every token that may be sampled, (length, len(seeds)*N) float64.
 
-    Drawn up front and per prompt: neither the batch's composition nor rows that leave it move the stream.
+# ---- Files -------------------------------------------------------------------------------------
+
+# Copied beside saved weights; anything else in a checkpoint, code above all, is left behind.
+SIDE_FILES = ("tokenizer*.json", "vocab.json", "merges.txt", "added_tokens.json",
+              "special_tokens_map.json", "generation_config.json", "preprocessor_config.json",
+              "chat_template.json", "chat_template.jinja", "LICENSE*")
+
+
+def load_pretrained(path, dtype=torch.float32, device="cpu", shard=None) -> GroupPolicy:
+    """Load a Hugging Face checkpoint directory, safetensors in one file or several.
+
+    shard(network), if given, may split the still empty parameters over processes (FSDP2): each
+    process then reads its own rows only. CheckpointError if the directory is no Qwen-VL
+    checkpoint, or a tensor is missing, unknown or misshaped.
     """
-    if not all(0 <= seed < 2**32 for seed in seeds):  # torch's CPU generator ignores higher bits
-        raise ValueError(f"seeds must be from 0 to 2**32 - 1, got {list(seeds)}")
-    draws = [torch.rand(N, length, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
-    return torch.cat(draws).T.contiguous()
-
-def sample_tokens(logits, uniform, greedy: bool = False, top_p: float = 1.0, top_k: int = 0):
-    """Draw a token from each row of logits (R, V) by uniform numbers (R,); returns tokens and log-probs, (R,) each.
-
-    Inverts the cumulative distribution, which is many times faster than torch.multinomial at 150,000 words and makes
-    the draw a function of one number. top_k keeps the k likeliest tokens, then top_p the smallest set of likeliest
-    tokens whose probability reaches top_p; the log-prob is that of the distribution drawn from.
-    """
-    candidates = None
-    if not greedy and (top_k or top_p < 1):
-        logits, candidates = likeliest(logits, top_p, top_k)
-    probabilities = logits.softmax(dim=-1)
-    pick = logits.argmax(dim=-1, keepdim=True) if greedy else draw(probabilities, uniform[:, None])  # (R, 1)
-    tokens = pick if candidates is None else candidates.gather(1, pick)
-    return tokens[:, 0], probabilities.gather(1, pick).log()[:, 0]
-
-def draw(probabilities, uniform, block: int = 128) -> torch.Tensor:
-    """The index (R, 1) at which the cumulative probabilities (R, V) pass uniform numbers (R, 1) in [0, 1).
-
-    In a large vocabulary, first the block of tokens and then the token inside it: the float64 sum is slow.
-    """
-    R, V = probabilities.shape
-    if V <= 32 * block:
-        return invert(probabilities.cumsum(dim=-1, dtype=torch.float64), uniform)
-    whole = probabilities if V % block == 0 else F.pad(probabilities, (0, -V % block))
-    blocks = whole.view(R, -1, block)
-    sums = blocks.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64)  # (R, blocks)
-    which = invert(sums, uniform)
-    below = F.pad(sums, (1, 0)).gather(1, which)
-    inside = blocks.gather(1, which[..., None].expand(-1, -1, block))[:, 0].cumsum(dim=-1, dtype=torch.float64)
-    return which * block + invert(inside, (uniform * sums[:, -1:] - below) / inside[:, -1:])
-
-def invert(cumulative, fraction) -> torch.Tensor:
-    """The index (R, 1) at which cumulative sums (R, C) pass a fraction (R, 1) of their last: never that of a zero."""
-    return torch.searchsorted(cumulative, fraction.clamp(0, 1 - 1e-12) * cumulative[:, -1:], right=True)
-
-def likeliest(logits, top_p: float, top_k: int, first: int = 1024):
-    """The candidates of top-k and top-p: logits (R, C), sorted, the excluded at -inf, and their token ids (R, C).
-
-    A full sort of 150,000 logits is slow: it comes only where the nucleus does not fit into the `first` likeliest.
-    """
-    V = logits.shape[-1]
-    count = min(top_k or (first if top_p < 1 else V), V)
-    values, ids = logits.topk(count, dim=-1)
-    if top_p < 1:
-        log_z = values.logsumexp(-1, keepdim=True) if top_k else logits.logsumexp(-1, keepdim=True)
-        reached = (values - log_z).exp().cumsum(dim=-1)
-        if not top_k and count < V and (reached[:, -1] < top_p).any():
-            return likeliest(logits, top_p, top_k, first=V)
-        before = F.pad(reached[:, :-1], (1, 0))  # probability of all likelier tokens
-        values = values.masked_fill(before >= top_p, -torch.inf)
-    return values, ids
-
-def rows_worth_keeping(alive, share: float = 0.8):
-    """Decide whether dropping finished rows pays: None, or (prompts (B',), rows (B', N')) for Decoder.keep.
-
-    alive (B, N). What remains must be a rectangle again: the prompts that still have a living row, and as many rows of
-    each as the fullest of them needs. Copying the cache is worth it once that is at most a `share` of the slots.
-    """
-    B, N = alive.shape
-    if alive.sum() > share * B * N:  # the common case, decided quickly
-        return None
-    living = alive.sum(dim=1)
-    prompts, most = living.nonzero()[:, 0], int(living.max())
-    if len(prompts) * most > share * B * N:
-        return None
-    living_first = alive[prompts].int().argsort(dim=1, descending=True, stable=True)[:, :most]
-    return prompts, prompts[:, None] * N + living_first
-
-# ---- Weights on disk -------------------------------------------------------------------------------------------------
-
-# Files beside the weights that a copy of the checkpoint needs; anything else (code above all) is left behind.
-SIDE_FILES = ("tokenizer*.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
-              "generation_config.json", "preprocessor_config.json", "chat_template*", "LICENSE*")
-
-def load_pretrained(path, dtype=torch.float32, device="cpu", shard=None) -> QwenVL:
-    """A QwenVL with the weights of a Hugging Face checkpoint directory: one safetensors file or several, hub names or
-    those of transformers 5.
-
-    `shard(network)`, if given, may split the still empty network's parameters by rows over processes (FSDP2): each then
-    reads its own rows only. Raises CheckpointError if the checkpoint is absent, of another kind, or a tensor is
-    missing, unknown or misshaped.
-    """
-    path, network = Path(path), empty_network(read_config(path)).to(dtype)  # every number comes from the files
+    network = empty_network(read_config(path), dtype)
+    reader = dcp.HuggingFaceStorageReader(str(path))
+    with named_errors(path):
+        network.stop_tokens, network.forbidden_tokens = special_tokens(path, network.config)
+        name_in_file = match_tensors(network, reader)
     if shard is not None:
         shard(network)
     network.to_empty(device=device)
-    network.stop_tokens, network.forbidden_tokens = special_tokens(path, network.config)
-    files, ours, parameters = tensor_files(path), checkpoint_rows(network), dict(network.named_parameters())
-    missing, unknown = sorted(ours.keys() - files), sorted(files.keys() - ours - {"lm_head.weight"})
-    if missing or unknown:
-        what = f"lacks {missing[0]}" if missing else f"has an unknown tensor {unknown[0]}"
-        raise CheckpointError(f"{path}: {what} ({len(missing)} missing, {len(unknown)} unknown): other weights")
-    for name, (parameter_name, start, stop) in ours.items():
-        parameter, (file, name_there) = parameters[parameter_name], files[name]
-        with safe_open(file, "pt") as tensors, torch.no_grad():
-            tensor, shape = tensors.get_slice(name_there), (stop - start, *parameter.shape[1:])
-            if tuple(tensor.get_shape()) != shape:
-                raise CheckpointError(f"{path}: {name} has shape {tuple(tensor.get_shape())}, config.json says "
-                                      f"{shape}: weights and config.json do not belong together")
-            own, first = own_rows(parameter)
-            low, high = max(start, first), min(stop, first + len(own))
-            if low < high:
-                own[low - first : high - first] = tensor[low - start : high - start].to(own)
-    return network
+    network.vlm.tie_weights()
+    # Rotary tables are buffers, which no file holds.
+    for module in network.modules():
+        if list(module.buffers(recurse=False)):
+            network.vlm._init_weights(module)
+    wanted = {name_in_file[name]: parameter.detach()
+              for name, parameter in network.vlm.named_parameters()}
+    with warnings.catch_warnings(action="ignore", category=UserWarning):
+        # no_dist: every process reads by itself what it needs.
+        dcp.load(wanted, storage_reader=reader, no_dist=True)
+    return network.eval()
 
-def empty_network(config) -> QwenVL:
-    """A network of shapes only, without memory: parameters on the meta device."""
+
+def empty_network(config, dtype=torch.float32) -> GroupPolicy:
+    """A network of shapes only, without memory: its parameters are on the meta device."""
+    implementation = {"text_config": "visurf", "vision_config": "sdpa"}
     with torch.device("meta"):
-        return QwenVL(config)
+        vlm = transformers.AutoModelForImageTextToText.from_config(
+            config, dtype=dtype, attn_implementation=implementation)
+    for module in vlm.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = MethodType(fused_rms_norm, module)
+        if type(module).__name__.endswith("PatchEmbed"):
+            module.forward = MethodType(patch_product, module)
+    return GroupPolicy(vlm)
 
-def own_rows(parameter) -> tuple[torch.Tensor, int]:
-    """The rows of a parameter that this process holds, and which is the first: all, unless FSDP2 has split it."""
-    if not isinstance(parameter, DTensor):
-        return parameter, 0
-    mesh = parameter.device_mesh
-    return parameter.to_local(), -(-len(parameter) // mesh.size()) * mesh.get_local_rank()  # split as by torch.chunk
 
-def save_pretrained(network: QwenVL, directory, source, dtype=torch.bfloat16, max_shard_size="5GB"):
-    """Write a Hugging Face checkpoint: weights under their hub names, config.json, and `source`'s tokenizer files."""
-    from huggingface_hub import save_torch_state_dict
+def fused_rms_norm(module, x) -> torch.Tensor:
+    """transformers' RMSNorm in one operation; written out it costs a fifth of a small network."""
+    return F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
 
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    state = network.state_dict()
-    tensors = {name: state[ours][start:stop].to("cpu", dtype, copy=True)
-               for name, (ours, start, stop) in checkpoint_rows(network).items()}
-    save_torch_state_dict(tensors, directory, max_shard_size=max_shard_size)
-    network.config.dtype = dtype
-    network.config.save_pretrained(directory)
-    for file in [file for pattern in SIDE_FILES for file in Path(source).glob(pattern)]:
-        if not (directory / file.name).exists():
-            shutil.copyfile(file, directory / file.name)
+
+def patch_product(module, pixels) -> torch.Tensor:
+    """A convolution whose stride is its kernel, as the matrix product that it is."""
+    weight = module.proj.weight.flatten(1)  # (width, channels * time * height * width)
+    return F.linear(pixels.to(weight.dtype), weight, module.proj.bias)
+
+
+@contextmanager
+def named_errors(path):
+    """Make one line that names `path` of whatever damaged files make transformers raise."""
+    try:
+        yield
+    except Exception as error:
+        raise CheckpointError(f"{path}: {' '.join(str(error).split())[:300]}") from None
+
 
 def read_config(path):
-    """config.json as transformers' Qwen2VLConfig or Qwen2_5_VLConfig, which know the hub's old and new layouts."""
-    from transformers import AutoConfig  # takes seconds to import
-
-    if not (Path(path) / "config.json").is_file():
-        raise CheckpointError(f"{path}: no config.json, so not a checkpoint directory")
-    try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}/config.json: {' '.join(str(error).split())[:200]}") from None
-    if config.model_type not in ("qwen2_vl", "qwen2_5_vl"):
-        raise CheckpointError(f"{path}/config.json: model_type {config.model_type!r}, not qwen2_vl or qwen2_5_vl")
-    if "mrope_section" not in config.text_config.rope_parameters or config.text_config.use_sliding_window:
-        raise CheckpointError(f"{path}/config.json: needs an mrope_section, and no sliding window")
+    """config.json as transformers' configuration; CheckpointError unless it is a Qwen-VL's."""
+    with named_errors(path):
+        if not (Path(path) / "config.json").is_file():
+            raise ValueError("no config.json, so not a checkpoint directory")
+        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True,
+                                                         trust_remote_code=False)
+        if config.model_type not in MODEL_TYPES:
+            raise ValueError(f"model_type {config.model_type!r} is not supported; it must be one "
+                             f"of {', '.join(MODEL_TYPES)}")
+        if "sliding_attention" in (getattr(config.text_config, "layer_types", None) or ()):
+            raise ValueError("sliding-window attention is not supported")
     return config
 
-def special_tokens(path: Path, config) -> tuple[list[int], list[int]]:
-    """End tokens, from config.json and generation_config.json; tokens never to be sampled (see QwenVL)."""
-    read = lambda name: json.loads(file.read_text("utf-8")) if (file := path / name).exists() else {}
-    stop = [config.text_config.eos_token_id, read("generation_config.json").get("eos_token_id")]
-    stop = {token for entry in stop if entry is not None for token in (entry if isinstance(entry, list) else [entry])}
-    whole = read("tokenizer.json")
-    words = list((whole["model"]["vocab"] if whole else read("vocab.json")).values())
-    words += [token["id"] for token in whole.get("added_tokens", [])]
-    words += map(int, read("tokenizer_config.json").get("added_tokens_decoder", {}))
-    vocab_size = config.text_config.vocab_size
-    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "vision_token_id")
-    vision = {getattr(config, name, None) for name in names} - {None}
-    return sorted(stop), sorted(vision | set(range(max(words, default=vocab_size - 1) + 1, vocab_size)))
 
-def tensor_files(path: Path) -> dict:
-    """Hub name of every tensor -> (file, its name there), of a single safetensors file or a sharded checkpoint."""
-    found, index = {}, path / "model.safetensors.index.json"
-    names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else ["model.safetensors"]
-    for file in (path / Path(name).name for name in sorted(names)):  # .name: an index must not point elsewhere
-        if not file.exists():
-            raise CheckpointError(f"{path}: no {file.name} (only safetensors checkpoints are read)")
-        try:
-            with safe_open(file, "pt") as tensors:
-                for name in tensors.keys():  # transformers 5 may have saved its own module paths
-                    hub = name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
-                    found[hub] = (file, name)
-        except SafetensorError as error:
-            raise CheckpointError(f"{file}: damaged or not a safetensors file ({error})") from None
-    return found
+def special_tokens(path, config) -> tuple[list[int], list[int]]:
+    """A checkpoint's end tokens, and the tokens that are never to be sampled."""
+    stop = config.text_config.eos_token_id
+    if (Path(path) / "generation_config.json").exists():
+        stop = transformers.GenerationConfig.from_pretrained(path).eos_token_id
+    stop = stop if isinstance(stop, list) else [stop]
+    names = ("image", "video", "vision_start", "vision_end", "vision")
+    forbidden = {getattr(config, f"{name}_token_id", None) for name in names} - {None}
+    if (Path(path) / "tokenizer_config.json").exists():
+        # Embeddings have more rows than there are words: 151,936 for 151,657 in Qwen2-VL.
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True,
+                                                               trust_remote_code=False)
+        words = max(tokenizer.get_vocab().values()) + 1
+        forbidden |= set(range(words, config.text_config.vocab_size))
+    return stop, sorted(forbidden)
 
-def checkpoint_rows(network: QwenVL) -> dict[str, tuple[str, int, int]]:
-    """The checkpoint's name of every tensor -> (our parameter, first row, row after the last): a matrix here may be
-    several there."""
-    text, rows = network.config.text_config, {}
-    head = text.hidden_size // text.num_attention_heads
-    qkv = [n * head for n in (text.num_attention_heads, text.num_key_value_heads, text.num_key_value_heads)]
-    for name, parameter in network.named_parameters():
-        if ".self_attn.qkv." in name:
-            parts = {name.replace("qkv", f"{x}_proj"): size for x, size in zip("qkv", qkv)}
-        elif ".gate_up_proj." in name:
-            parts = {name.replace("gate_up", x): len(parameter) // 2 for x in ("gate", "up")}
-        else:
-            parts = {name.replace(".self_attn.proj.", ".self_attn.o_proj."): len(parameter)}
-        start = 0
-        for part, size in parts.items():
-            rows[part] = name, start, start + size
-            start += size
-    return rows
+
+def match_tensors(network: GroupPolicy, reader) -> dict[str, str]:
+    """The name in the checkpoint's files of each parameter; ValueError if they do not match."""
+    stored = reader.read_metadata().state_dict_metadata
+    names = {}
+    for name, parameter in network.vlm.named_parameters():
+        # The hub's Qwen2-VL and Qwen2.5-VL files use shorter names than the modules have.
+        hub = name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
+        names[name] = name if name in stored else hub
+        if names[name] not in stored:
+            raise ValueError(f"no tensor {hub} in its safetensors files")
+        if stored[names[name]].size != parameter.shape:
+            raise ValueError(f"{hub} has shape {list(stored[names[name]].size)}, but by "
+                             f"config.json it must be {list(parameter.shape)}")
+    # A tied output head may be stored a second time.
+    unknown = sorted(stored.keys() - set(names.values()) - {"lm_head.weight"})
+    if unknown:
+        raise ValueError(f"config.json has no place for the tensor {unknown[0]}")
+    return names
+
+
+def save_pretrained(network: GroupPolicy, directory, source, dtype=torch.bfloat16):
+    """Write a Hugging Face checkpoint: weights in `dtype` under their hub names, config.json,
+    and the tokenizer's and processor's files of the checkpoint `source`."""
+    directory = Path(directory)
+    state = {name: parameter.detach().to("cpu", dtype, copy=True)
+             for name, parameter in network.vlm.named_parameters()}
+    transformers.logging.disable_progress_bar()
+    network.vlm.save_pretrained(directory, state_dict=state)
+    network.config.dtype = dtype
+    network.config.save_pretrained(directory)
+    for pattern in SIDE_FILES:
+        for file in Path(source).glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, directory / file.name)

@@ -1,461 +1,595 @@
-"""Post-train a Qwen2-VL or Qwen2.5-VL checkpoint with ViSurf, with reinforcement alone, or with supervision alone.
+"""Post-train a Qwen-VL checkpoint with ViSurf, with reinforcement alone, or with labels alone.
 
-    python train.py                                                     # built-in task, bundled checkpoint, minutes
-    python train.py --task grounding --data my.jsonl --model path/to/checkpoint
-    torchrun --nproc_per_node 8 train.py --task grounding               # FSDP2 on eight GPUs, the paper's recipe
-    python train.py --method rlvr                                       # no label in the group: GRPO
-    python train.py --method sft                                        # no rollouts: cross-entropy on the label
+    python train.py                                         # built-in task, bundled checkpoint
+    python train.py --task grounding --data my.jsonl --model Qwen/Qwen2.5-VL-7B-Instruct
+    torchrun --nproc_per_node 8 train.py --task grounding   # FSDP2 on eight GPUs, as in the paper
+    python train.py --method rlvr                           # no label in the group: GRPO
+    python train.py --method sft                            # no rollouts: cross-entropy on labels
+    python train.py --resume                                # go on from the last checkpoint
 
-One step, for a batch of prompts:   sample -> score -> inject the label -> advantages -> loss -> optimizer step
-`train_step` is that line, in that order. The algorithm is in visurf.py, the network and the sampler in model.py.
+`train_step`: sample -> score -> align and inject the label -> advantages -> update. A run leaves
+config.json, logs (*.jsonl), held-out answers (before.json, eval-STEP.json, after.json) and Hugging
+Face checkpoints, checkpoint-STEP/, whose training_state/ is for --resume, in runs/TASK-METHOD.
 """
 
+import fcntl
+import hashlib
 import json
 import math
+import os
+import shutil
+import signal
+import sys
 import time
+import warnings
+from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from tqdm import tqdm
+import torch.distributed.checkpoint as dcp
+from PIL import Image
+from torch.distributed import fsdp
 
 import data
-import eval as evaluate  # the module's name hides Python's eval, which nothing here calls
 import model
 import rewards
 import visurf
-from support import checkpoints, flags, processes, report
-from support.flags import option
+from data import DataError, require
+from eval import (evaluate, format_table, gather, is_first, metrics, on_first_rank, option, parse,
+                  run_program, share, start, write_text)
+
 
 @dataclass
-class Config:
-    """All settings of a run; every field is a flag. A task's record may change a default (data.TASKS, `recipe`)."""
+class Settings:
+    """Post-train a Qwen-VL checkpoint. A task's recipe (data.TASKS) replaces some defaults."""
 
-    task: str = option("digits", "what to learn", tuple(data.TASKS))
-    method: str = option("visurf", "visurf, rlvr (no label injected) or sft (label only)", ("visurf", "rlvr", "sft"))
-    model: str = option("", "checkpoint directory or hub id (default: the task's)")
-    data: str = option("", "training data: file, folder or hub id (default: the task's)")
-    eval_data: str = option("", "held-out data, evaluated before and after (default: the task's, if it is built in)")
-    eval_steps: int = option(0, "evaluate every so many steps too, 0 for only before and after")
-    eval_samples: int = option(200, "how many held-out samples to evaluate, 0 for none", zero=True)
-    output_dir: str = option("", "where checkpoints and logs go (default: runs/TASK-METHOD)")
+    task: str = option("digits", "what to learn", choices=tuple(data.TASKS))
+    method: str = option("visurf", "or GRPO, or labels alone", choices=("visurf", "rlvr", "sft"))
+    model: str = option("", "checkpoint directory or hub id, if not the task's")
+    data: str = option("", "training data: file, folder or hub id, if not the task's")
+    eval_data: str = option("", "held-out data; the task's own, unless --data is given")
+    eval_samples: int = option(200, "held-out samples answered before and after, 0: none")
+    eval_steps: int = option(0, "steps between further evaluations, 0: none")
+    output_dir: str = option("", "of checkpoints and logs, if not runs/TASK-METHOD")
     resume: bool = option(False, "continue the run in output_dir from its last checkpoint")
-    overwrite: bool = option(False, "delete the run in output_dir and start anew")
-    seed: int = option(0, "decides data order and every sampled token")
-    max_steps: int = option(500, "optimizer steps, or batches of prompts with --num_iterations")
-    batch_size: int = option(16, "prompts a step")
-    micro_batch_size: int = option(1, "prompts, with all their group members, in one forward and backward pass")
-    num_generations: int = option(8, "rollouts of each prompt (G)")
-    num_iterations: int = option(1, "optimizer steps on each batch of rollouts")
-    max_prompt_length: int = option(4096, "longest prompt in tokens; a longer one is an error, never cut")
-    max_completion_length: int = option(512, "longest rollout in tokens")
-    temperature: float = option(1.0, "of sampling, and of the log-probs that are trained")
-    top_p: float = option(1.0, "sample from the likeliest tokens that hold this probability")
-    top_k: int = option(0, "sample from this many likeliest tokens, 0 for all")
+    seed: int = option(0, "decides the order of the data and every sampled token")
+    max_steps: int = option(500, "batches of prompts to train on", low=1)
+    batch_size: int = option(16, "prompts in a step", low=1)
+    micro_batch_size: int = option(1, "prompts, with their groups, in one forward pass", low=1)
+    num_generations: int = option(8, "rollouts of each prompt (G)", low=1, high=1024)
+    max_prompt_length: int = option(4096, "longest prompt in tokens; none is ever cut", low=1)
+    max_completion_length: int = option(512, "longest rollout in tokens", low=1, high=32768)
+    temperature: float = option(1.0, "of sampling and of log-probs", low=0.01)
     learning_rate: float = option(1e-6, "of AdamW, constant")
-    weight_decay: float = option(0.01, "of AdamW", zero=True)
+    weight_decay: float = option(0.01, "of AdamW")
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
-    beta: float = option(0.0, "weight of the KL to the starting checkpoint; the paper has none")
-    epsilon: float = option(0.2, "importance ratios are clipped below 1 - epsilon")
-    epsilon_high: float = option(0.0, "and above 1 + epsilon_high (0: epsilon)")
-    ratio: str = option("token", "importance ratio per token (GRPO) or per sequence (GSPO)", ("token", "sequence"))
-    average: str = option("token", "the loss is averaged over tokens, or per sequence first", ("token", "sequence"))
     align_label: bool = option(True, "control 1: write the label in the rollouts' style")
-    drop_thinking_reward: bool = option(True, "control 2: no reward for thinking to the label")
-    smooth_label_reward: bool = option(True, "control 3: the label earns the rollouts' mean once one is as good")
+    drop_thinking_reward: bool = option(True, "control 2: no thinking reward for the label")
+    smooth_label_reward: bool = option(True, "control 3: no advantage for a label once reached")
     think: bool = option(True, "ask for reasoning before the answer")
-    image_size: list = option((), "side, or width and height, to which images are squashed, in pixels", several=int)
-    min_pixels: int = option(0, "keep aspect ratios instead, with at least this many pixels")
-    max_pixels: int = option(0, "keep aspect ratios instead, with at most this many pixels")
+    image_size: int = option(0, "squash images to squares of this side, if not the task's")
+    max_pixels: int = option(0, "keep the shape of images, with at most so many pixels")
     skip_bad_rows: bool = option(False, "leave out rows that cannot be used, and count them")
-    checkpoint_activations: bool = option(True, "recompute activations in the backward pass: less memory, slower")
-    dtype: str = option("", "of the computation; weights and optimizer are float32 (default: bfloat16 on GPUs)",
-                        ("float32", "bfloat16"))
-    cpu_offload: bool = option(False, "keep weights and optimizer in the machine's memory, not the GPU's: much slower")
-    save_steps: int = option(100, "steps between checkpoints")
-    keep: int = option(1, "checkpoints to keep")
-    log_rollouts: int = option(10, "steps between rollouts shown in full")
+    checkpoint_activations: bool = option(True, "compute activations twice to save memory")
+    dtype: str = option("", "float32 or, on GPUs, bfloat16", choices=("", "float32", "bfloat16"))
+    cpu_offload: bool = option(False, "keep weights and optimizer off the GPU: much slower")
+    timeout: float = option(30, "minutes to wait for a rank that does not answer", low=0.01)
+    save_steps: int = option(100, "steps between checkpoints", low=1)
+    keep: int = option(1, "checkpoints to keep", low=1)
+    tensorboard: bool = option(False, "write metrics for TensorBoard too")
 
-# ---- The step --------------------------------------------------------------------------------------------------------
-
-GIVE_UP_AFTER = 10  # updates in a row that are not finite
 
 @dataclass
 class Run:
-    """What a run carries from step to step."""
+    """All that a run carries from step to step."""
 
-    config: Config
-    task: data.Task
+    settings: Settings
+    directory: Path
+    source: Path                       # the checkpoint it started from
     processor: data.Processor
-    network: model.QwenVL  # sharded
-    reference: model.QwenVL | None  # what it was at the start, for beta > 0
-    optimizer: torch.optim.Optimizer
+    samples: list[data.Sample]
+    held_out: list[data.Sample]
+    dummy: "Group"                     # what a rank without work computes
     device: torch.device
-    style: data.LabelStyle  # how the rollouts so far wrote their answers
-    spare: data.Example  # what a rank without work computes, for nothing
-    stop: processes.Interruption = field(default_factory=processes.Interruption)
-    step: int = 0  # steps done
-    prompts_seen: int = 0  # the place in the stream of prompts
-    not_finite: int = 0  # updates given up because loss or gradient was not finite
+    network: model.GroupPolicy         # sharded
+    twin: model.GroupPolicy            # borrows the network's whole weights, see `gathered`
+    optimizer: torch.optim.Optimizer
+    votes: Counter = field(default_factory=Counter)      # label styles seen in rollouts so far
+    step: int = 0                      # steps done
+    prompts_seen: int = 0              # the place in the endless stream of prompts
+    skipped_rows: int = 0
+    not_finite: int = 0                # updates given up: loss or gradient was not finite
     not_finite_in_a_row: int = 0
+    board: object = None               # TensorBoard's writer
+
+
+FIXED = ("task", "method", "model", "data", "seed")      # settings that --resume cannot change
+COUNTERS = ("step", "prompts_seen", "skipped_rows", "not_finite", "not_finite_in_a_row", "votes")
+STATE = "training_state"
+noted = []                             # signals that came to this process
+warnings.filterwarnings("ignore", "torch.distributed is disabled")    # one process saves alone
+
+
+def main(argv=None):
+    """The command line."""
+    run_program("train.py", train, parse(Settings, argv, "train.py"))
+
+
+def train(settings: Settings):
+    """Check what the user gave, load the network, train and evaluate it."""
+    require(settings.method != "rlvr" or settings.num_generations > 1,
+            "--num_generations 1 leaves rlvr nothing to compare: use 2 or more")
+    require(not settings.tensorboard or find_spec("tensorboard"),
+            "--tensorboard needs a package: pip install tensorboard")
+    device = start(settings.timeout)
+    settings.dtype = settings.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    task = data.TASKS[settings.task]
+    samples = data.load_samples(settings.data, task, "train", None, settings.skip_bad_rows)
+    held_out = []
+    if settings.eval_samples and (settings.eval_data or task.eval_data and not settings.data):
+        held_out = data.load_samples(settings.eval_data, task, "test", settings.eval_samples,
+                                     settings.skip_bad_rows)
+    source = data.fetch(settings.model or task.model, "model")
+    processor = data.Processor.from_pretrained(source, task, settings.think, settings.image_size,
+                                               settings.max_pixels, settings.max_prompt_length)
+    # Settings that leave no usable prompt show here, before the weights are read.
+    blank = data.Sample("", "nothing", Image.new("RGB", (56, 56)), [], (56, 56), (56, 56))
+    dummy = Group(processor.encode(blank), [processor.label_ids("[]")], advantages=torch.zeros(1))
+    twin = model.empty_network(model.read_config(source))
+    directory = Path(settings.output_dir or f"runs/{settings.task}-{settings.method}")
+    directory.mkdir(parents=True, exist_ok=True)
+
+    with open(directory / ".lock", "w") as lock:
+        on_first_rank(claim_directory, settings, directory, lock)
+        network = load_network(settings, source, twin, device)
+        optimizer = torch.optim.AdamW(network.parameters(), settings.learning_rate,
+                                      weight_decay=settings.weight_decay, fused=True)
+        run = Run(settings, directory, source, processor, samples, held_out, dummy, device,
+                  network, twin, optimizer)
+        if settings.resume:
+            resume(run)
+        if is_first():
+            print(f"{settings.method} on {settings.task}, {dist.get_world_size()} x {device.type}: "
+                  f"{len(samples)} samples ({samples.skipped} bad rows skipped)\n"
+                  "A policy loss near 0 is normal: advantages have mean 0. Watch the rewards.")
+        train_and_evaluate(run)
+
+
+def train_and_evaluate(run: Run):
+    """Evaluate, train, evaluate again; what was learnt is saved if a signal or mistake ends it."""
+    settings = run.settings
+    # From now on a signal to stop is only noted, and `leave_if_asked` acts on it.
+    noted.clear()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        # nohup ignores SIGHUP, and so it stays.
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: noted.append(number))
+    try:
+        if run.step == 0:
+            evaluate_held_out(run, "before")
+            if settings.method == "sft":
+                vote_by_greedy_answers(run)
+        while run.step < settings.max_steps:
+            on_first_rank(log_step, run, *train_step(run))
+            require(run.not_finite_in_a_row < 10, f"step {run.step}: 10 updates in a row were not "
+                    "finite: lower --learning_rate, or compute in --dtype float32")
+            if run.step % settings.save_steps == 0:
+                save(run)
+            if settings.eval_steps and run.step % settings.eval_steps == 0:
+                evaluate_held_out(run, f"eval-{run.step}")
+        save(run)
+        evaluate_held_out(run, "after")
+    except (SystemExit, DataError, model.CheckpointError, OSError):
+        save(run)
+        raise
+    if is_first():
+        tables = {}
+        for path in (run.directory / "before.json", run.directory / "after.json"):
+            if path.exists():
+                tables[path.stem] = json.loads(path.read_text())["metrics"]
+        print(format_table(tables), f"{run.directory}/checkpoint-{run.step} is the trained network",
+              f"python extras/report.py {run.directory} shows the run on a page", sep="\n")
+
 
 @dataclass
 class Group:
-    """A prompt and its group of N: G rollouts (none in SFT), then the label (not in RLVR)."""
+    """A prompt with its N completions: G rollouts (none in SFT), then the label (none in RLVR)."""
 
     example: data.Example
-    ids: list[torch.Tensor]  # tokens of each member, (T,)
-    texts: list[str]
-    components: list[dict]  # reward of each member by component
-    truncated: int  # rollouts cut off at the length limit
-    advantages: torch.Tensor | None = None  # (N,) float64
+    ids: list = field(default_factory=list)              # tokens of each completion, (T,)
+    texts: list = field(default_factory=list)
+    rewards: list = field(default_factory=list)          # of each completion, by component
+    truncated: int = 0                                   # rollouts that reached the length limit
+    advantages: torch.Tensor | None = None               # (N,) float64
 
     def record(self) -> dict:
-        """What the logs keep of it, and all ranks are told."""
-        return {"question": self.example.sample.question, "texts": self.texts, "rewards": self.components,
-                "lengths": [len(ids) for ids in self.ids], "truncated": self.truncated,
-                "advantages": self.advantages.tolist()}
+        """What the logs keep of it."""
+        return {"question": self.example.sample.question, "texts": self.texts,
+                "lengths": [*map(len, self.ids)], "truncated": self.truncated,
+                "rewards": self.rewards, "advantages": self.advantages.tolist()}
 
-def train_step(run: Run, examples: list[data.Example]) -> tuple[dict, dict, list[dict]]:
-    """One batch of prompts through the whole method, this rank's share of it being `examples`: every W-th prompt.
 
-    Returns what is logged of the whole batch: metrics, timing, and a record of each group.
-    """
-    start, cpu = time.perf_counter(), time.process_time()
-    rollouts = sample_rollouts(run, examples)
-    run.stop.check()  # asked to leave: this step has changed nothing yet
-    groups = [score_rollouts(run, example, completions) for example, completions in zip(examples, rollouts)]
-    for texts in processes.interleaved([group.texts for group in groups]):
-        for text in texts:  # the label's style learns from the rollouts of all ranks
-            run.style.observe(text)
-    if run.config.method != "rlvr":
-        inject_labels(run, groups)
+def train_step(run: Run) -> tuple[dict, dict, list[dict]]:
+    """The method on the next batch: metrics, timing, and a record of each group of all ranks."""
+    settings = run.settings
+    leave_if_asked()
+    began = time.perf_counter()
+    last = run.prompts_seen + settings.batch_size
+    batch = encode_share(run, range(run.prompts_seen, last))
+    groups = [Group(example) for _, example in batch]
+    if settings.method != "sft":
+        groups = sample(run, batch, settings.num_generations, settings.temperature)
+    # Asked to leave in the meantime: up to here, this step has changed nothing.
+    leave_if_asked()
     for group in groups:
-        group.advantages = compute_advantages(run.config, group)
+        group.rewards = [run.processor.score(text, group.example) for text in group.texts]
+    vote_for_style(run, [text for group in groups for text in group.texts])
+    for group in groups:
+        if settings.method != "rlvr":
+            inject_label(run, group)
+        group.advantages = compute_advantages(settings, group)
     sampled = time.perf_counter()
-    updated = update(run, groups)
-    records = processes.interleaved([group.record() for group in groups])
-    timing = {"rollout_seconds": sampled - start, "update_seconds": time.perf_counter() - sampled,
-              "cpu_seconds": time.process_time() - cpu}
-    return report.describe(run.config, records, run.style) | updated, timing, records
 
-def sample_rollouts(run: Run, examples) -> list[list[model.Completion]]:
-    """G completions of each prompt; their seed is the prompt's place in the run, whatever rank draws them."""
-    config = run.config
-    if config.method == "sft":
-        return [[] for _ in examples]
-    places = processes.share(range(run.prompts_seen, run.prompts_seen + config.batch_size))
-    seeds = [mix_seeds(config.seed, place) for place in places]
-    with gathered(run.network) as network:
-        return model.generate(network, examples, config.num_generations, config.max_completion_length,
-                              config.temperature, config.top_p, config.top_k, seeds)
+    values = update(run, groups)
+    run.step += 1
+    run.prompts_seen = last
+    timing = {"rollout_seconds": sampled - began, "update_seconds": time.perf_counter() - sampled}
+    records = gather([group.record() for group in groups])
+    if settings.method != "sft" and records:
+        # The label, if there is one, comes after the rollouts.
+        G = settings.num_generations
+        rollouts = [parts for record in records for parts in record["rewards"][:G]]
+        values["reward"] = np.mean([sum(parts.values()) for parts in rollouts])
+        for name in rollouts[0]:
+            values[f"reward/{name}"] = np.mean([parts[name] for parts in rollouts])
+        values["length"] = np.mean([record["lengths"][:G] for record in records])
+        values["truncated"] = np.mean([record["truncated"] for record in records]) / G
+        advantages = np.array([record["advantages"] for record in records])  # (groups, N)
+        values["no_signal"] = 1 - advantages.any(axis=1).mean()
+        if settings.method == "visurf":
+            values["label_active"] = (advantages[:, -1] != 0).mean()
+            values["label_advantage"] = advantages[:, -1].mean()
+    return values, timing, records
 
-def score_rollouts(run: Run, example, completions) -> Group:
-    """The group of one prompt without its label."""
-    texts = [run.processor.decode(completion.ids) for completion in completions]
-    truncated = sum(not completion.finished for completion in completions)
-    return Group(example, [c.ids for c in completions], texts, [score(run, t, example) for t in texts], truncated)
 
-def score(run: Run, text: str, example) -> dict:
-    """Reward components of a completion, in the frame that the model speaks."""
-    thresholds = rewards.Thresholds(**(run.task.thresholds or {}))
-    scores = rewards.score(text, example.objects, run.task.name, example.frame, thresholds, run.config.think)
-    del scores["total"]
-    return scores
+def encode_share(run: Run, places: range) -> list[tuple[int, data.Example]]:
+    """This rank's share of some places in the endless stream of prompts: (place, example)."""
+    batch = []
+    bad_rows = []
+    for place in share(places):
+        # Each epoch has an order of its own.
+        epoch, index = divmod(place, len(run.samples))
+        order = np.random.default_rng([run.settings.seed, epoch]).permutation(len(run.samples))
+        try:
+            batch.append((place, run.processor.encode(run.samples[order[index]])))
+        except DataError as error:
+            bad_rows.append(str(error))
+    for problem in gather(bad_rows):
+        require(run.settings.skip_bad_rows, f"{problem}; see --skip_bad_rows")
+        run.skipped_rows += 1
+    return batch
 
-def inject_labels(run: Run, groups: list[Group]):
-    """Append each group's label: its text in the rollouts' style (control 1), its tokens, its reward components."""
-    for group in groups:
-        example = group.example
-        text = run.style.render(example.objects) if run.config.align_label else example.written_label()
-        components = score(run, text, example)
-        if not run.config.drop_thinking_reward:  # control 2 off: right by definition, the label earns all there is
-            components |= {name: rewards.RANGES[name][1] for name in rewards.THINKING if name in components}
-        group.texts.append(text)
-        group.ids.append(run.processor.label_ids(text))
-        group.components.append(components)
 
-def compute_advantages(config: Config, group: Group) -> torch.Tensor:
-    """Advantages (N,) of one group, float64; in SFT the label weighs 1."""
-    if config.method == "sft":
+def sample(run: Run, batch, num_generations: int, temperature: float) -> list[Group]:
+    """Completions of each prompt of `batch` from the current policy, as groups without a label."""
+    groups = [Group(example) for _, example in batch]
+    # Whatever rank draws them. Hashed together: added up, seed 1 would replay seed 0 a place later.
+    seeds = [int(np.random.SeedSequence([run.settings.seed, place]).generate_state(1)[0])
+             for place, _ in batch]
+    rollouts = []
+    with gathered(run) as network:
+        if batch:
+            rollouts = model.generate(network, [group.example for group in groups],
+                                      num_generations, run.settings.max_completion_length,
+                                      temperature, seeds)
+    for group, completions in zip(groups, rollouts):
+        for completion in completions:
+            group.ids.append(completion.ids)
+            group.texts.append(run.processor.decode(completion.ids))
+            group.truncated += not completion.finished
+    return groups
+
+
+def vote_for_style(run: Run, texts: list[str]):
+    """Control 1 learns from the well-formed answers of all ranks how the policy writes."""
+    styles = []
+    for text in texts:
+        if rewards.read_answer(text, run.settings.task) is not None:
+            styles.append(visurf.style_of(rewards.split_completion(text)[1]))
+    run.votes.update(gather(styles))
+    # Answers that several styles would write alike, such as [], say nothing.
+    del run.votes[None]
+
+
+def vote_by_greedy_answers(run: Run):
+    """SFT has no rollouts: the network's own answers to 32 questions decide the label's style."""
+    batch = encode_share(run, range(min(32, len(run.samples))))
+    vote_for_style(run, [group.texts[0] for group in sample(run, batch, 1, temperature=0)])
+    run.skipped_rows = 0               # training will meet these rows again
+
+
+def inject_label(run: Run, group: Group):
+    """Add the label to its group: its text in the rollouts' style, its tokens, its rewards."""
+    text = group.example.written_label()
+    if run.settings.align_label:  # control 1
+        text = visurf.align_label(group.example.label, visurf.preferred_style(run.votes))
+    group.texts.append(text)
+    group.ids.append(run.processor.label_ids(text))
+    group.rewards.append(run.processor.score(text, group.example))
+
+
+def compute_advantages(settings: Settings, group: Group) -> torch.Tensor:
+    """Advantages (N,) of one group, in float64; in SFT the label weighs 1."""
+    if settings.method == "sft":
         return torch.ones(1, dtype=torch.float64)
-    totals = [sum(components.values()) for components in group.components[: config.num_generations]]
-    totals = torch.tensor(totals, dtype=torch.float64)  # (G,)
-    if config.method == "rlvr":
-        return visurf.group_advantages(totals)
-    return visurf.visurf_advantages(totals, group.components[-1], rewards.THINKING, config.drop_thinking_reward,
-                                    config.smooth_label_reward)
+    rollouts = [sum(parts.values()) for parts in group.rewards[: settings.num_generations]]
+    rollouts = torch.tensor(rollouts, dtype=torch.float64)  # (G,)
+    if settings.method == "rlvr":
+        return visurf.group_advantages(rollouts)
+    label = visurf.label_reward(group.rewards[-1], not settings.drop_thinking_reward)  # control 2
+    if settings.smooth_label_reward:
+        label = visurf.smooth_label_reward(rollouts, label)  # control 3
+    return visurf.group_advantages(visurf.inject_label(rollouts, label))
+
 
 def update(run: Run, groups: list[Group]) -> dict:
-    """One or more optimizer steps on the groups of all ranks; groups without any advantage are left out, they have no
-    gradient. All ranks compute equally many pieces, some perhaps of nothing: every rank takes part in every gather."""
-    config, world = run.config, dist.get_world_size()
-    useful = [group for group in groups if group.advantages.any() or config.beta]
-    useful.sort(key=lambda group: max(map(len, group.ids)))  # groups of similar length share a piece: little padding
-    pieces = [useful[i : i + config.micro_batch_size] for i in range(0, len(useful), config.micro_batch_size)]
-    lengths = [len(ids) for group in groups for ids in group.ids]
-    sizes = processes.everyone((sum(lengths), len(lengths), len(pieces)))
-    tokens, members = (sum(size[i] for size in sizes) for i in (0, 1))  # of the whole batch, however it is cut
-    pieces += [[]] * (max(size[2] for size in sizes) - len(pieces))
-    pieces = [make_piece(run, piece) for piece in pieces]
-    # FSDP averages gradients over ranks: divided by its fair share, a rank's sum becomes a part of the batch's mean
-    total = (tokens if config.average == "token" else members) / world
-    old, reference = log_probs_before(run, pieces)
+    """One optimizer step on the groups of all ranks; the loss is a mean over all their tokens."""
+    settings = run.settings
+    # A group whose advantages are all 0 has no gradient. Its tokens still count in the mean.
+    useful = [group for group in groups if group.advantages.any()]
+    # Groups of similar length share a micro-batch: little padding.
+    useful.sort(key=lambda group: max(map(len, group.ids)))
+    size = settings.micro_batch_size
+    micro_batches = [useful[i : i + size] for i in range(0, len(useful), size)]
+    tokens = sum(sum(map(len, group.ids)) for group in groups)
+    rounds, tokens = zip(*gather([(len(micro_batches), tokens)]))  # of each rank
+    # FSDP averages gradients over ranks, so each rank divides by its fair share of all tokens.
+    total = sum(tokens) / dist.get_world_size()
+    # Every exchange needs all ranks: one that has less to do computes a dummy.
+    micro_batches += [[run.dummy]] * (max(rounds) - len(micro_batches))
+    loss_sum = 0.0
+    for micro_batch in micro_batches:
+        examples = [group.example for group in micro_batch]
+        prompts = model.PromptBatch.from_prompts(examples, run.network.config, run.device)
+        ids, mask = model.pad_completions([group.ids for group in micro_batch])  # (b, N, T)
+        A = torch.stack([group.advantages for group in micro_batch]).float()  # (b, N)
+        # A completion without advantage has no gradient: it, and a dummy's, is not computed.
+        mask &= A[..., None] != 0
+        ids, mask, A = (tensor.to(run.device) for tensor in (ids, mask, A))
+        # The policy is the one that sampled: the importance ratio is 1, and the loss's gradient by
+        # the log-probs is known beforehand (Eq. 9), which saves a pass through the output head.
+        known = visurf.policy_gradient(A, mask, total)
+        logprobs = run.network(prompts, ids, mask, settings.temperature, known)  # (b, N, T)
+        if settings.method == "sft":
+            loss = visurf.sft_loss(logprobs, mask, total)
+        else:
+            loss, _ = visurf.policy_loss(logprobs, logprobs.detach(), A, mask, total=total)
+        loss.backward()
+        loss_sum += loss.item()
+    mean_loss = sum(gather([loss_sum])) / dist.get_world_size()
+    norm = 0.0
+    if micro_batches:
+        norm = torch.nn.utils.clip_grad_norm_(run.network.parameters(), settings.max_grad_norm)
+        norm = norm.full_tensor().item()
+    # All ranks see the same sums, so they agree.
+    if math.isfinite(norm) and math.isfinite(mean_loss):
+        run.optimizer.step()
+        run.not_finite_in_a_row = 0
+    else:
+        run.not_finite += 1
+        run.not_finite_in_a_row += 1
+    run.optimizer.zero_grad()
+    return {"loss": mean_loss, "grad_norm": norm, "not_finite": run.not_finite}
 
-    metrics = dict.fromkeys(("loss", "grad_norm", "clipped", "kl"), 0.0)
-    for iteration in range(config.num_iterations if pieces else 0):
-        run.optimizer.zero_grad(set_to_none=True)
-        known = iteration == 0 and run.reference is None
-        stats = [backward(run, *inputs, total, known) for inputs in zip(pieces, old, reference)]
-        stats = {name: sum(piece[name] for piece in stats) for name in stats[0]}  # scalars, on the device
-        sums = torch.stack([*stats.values()]).double().cpu()
-        dist.all_reduce(sums)
-        parts = dict(zip(stats, sums.tolist()))
-        parts = {name: value / (world if name == "loss" else tokens) for name, value in parts.items()}
-        norm = torch.nn.utils.clip_grad_norm_(run.network.parameters(), config.max_grad_norm).full_tensor().item()
-        if math.isfinite(norm) and math.isfinite(parts["loss"]):
-            run.optimizer.step()
-            run.not_finite_in_a_row = 0
-        else:  # on all ranks alike: this update is dropped and counted, and the run goes on
-            run.not_finite, run.not_finite_in_a_row = run.not_finite + 1, run.not_finite_in_a_row + 1
-        for name, value in parts.items():
-            metrics[name] = metrics.get(name, 0.0) + value / config.num_iterations
-        metrics["grad_norm"] = norm
-    run.optimizer.zero_grad(set_to_none=True)
-    return metrics | {"not_finite": run.not_finite}
 
-def make_piece(run: Run, groups: list[Group]):
-    """The tensors of a few groups: prompts, completions (b, N, T), mask (b, N, T), advantages (b, N). Of none, those of
-    a prompt whose completion is masked out: it costs a pass and changes nothing."""
-    ids, mask = model.pad_completions([group.ids for group in groups] or [[torch.zeros(1, dtype=torch.long)]])
-    mask &= bool(groups)
-    advantages = torch.stack([group.advantages for group in groups] or [torch.zeros(1)])
-    examples = [group.example for group in groups] or [run.spare]
-    batch = model.PromptBatch.from_prompts(examples, run.network.config, run.device)
-    return batch, ids.to(run.device), mask.to(run.device), advantages.to(run.device)
+def load_network(settings: Settings, source, twin, device) -> model.GroupPolicy:
+    """Load and shard the network: each of W ranks holds 1/W of each weight, in float32."""
+    # Weights, gradients and AdamW's moments have 16 bytes; activations come on top of them.
+    needed = sum(16 * parameter.numel() for parameter in twin.parameters()) / dist.get_world_size()
+    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if device.type == "cuda" and not settings.cpu_offload:
+        available = torch.cuda.get_device_properties(device).total_memory
+    require(needed <= available, f"this --model needs {needed / 1e9:.0f} GB before any activation, "
+            f"and there are {available / 1e9:.0f} GB: use more GPUs, --cpu_offload, a smaller one")
+    pinned = fsdp.CPUOffloadPolicy(pin_memory=device.type == "cuda")
+    offload = pinned if settings.cpu_offload else fsdp.OffloadPolicy()
+    policy = fsdp.MixedPrecisionPolicy(getattr(torch, settings.dtype), torch.float32,
+                                       cast_forward_inputs=False)
 
-def log_probs_before(run: Run, pieces) -> tuple[list, list]:
-    """Log-probs (b, N, T) of every piece under the policy that sampled and under the reference; None if not needed.
+    def shard(network):
+        # A block's weights are gathered for its turn. Embedding and output head are the root's.
+        for module in [*network.blocks(), network]:
+            fsdp.fully_shard(module, mp_policy=policy, offload_policy=offload)
 
-    With a single iteration, the policy that is updated is the one that sampled: its own log-probs, detached, will do.
-    """
-    log_probs = lambda network: [network(*piece[:3], run.config.temperature) for piece in pieces]
-    nothing = [None] * len(pieces)
-    with torch.no_grad():
-        old = log_probs(run.network) if run.config.num_iterations > 1 else nothing
-        if run.reference is None:
-            return old, nothing
-        reference = log_probs(run.reference)
-        run.reference.reshard()  # FSDP keeps the root's weights gathered after a pass that has no backward
-    return old, reference
+    where = "cpu" if settings.cpu_offload else device
+    network = model.load_pretrained(source, device=where, shard=shard)
+    if settings.checkpoint_activations:
+        network.vlm.activation_checkpointing_enable({"use_reentrant": False})
+        network.train()
+    twin.stop_tokens = network.stop_tokens
+    twin.forbidden_tokens = network.forbidden_tokens
+    # Rotary tables are buffers, which FSDP leaves alone: network and twin share them.
+    for name, buffer in list(network.named_buffers()):
+        owner, _, leaf = name.rpartition(".")
+        for each in (network, twin):
+            each.get_submodule(owner).register_buffer(leaf, buffer.to(device), persistent=False)
+    return network
 
-def backward(run: Run, piece, old, reference, total, known: bool) -> dict:
-    """Add a piece's gradient; returns its loss, and sums over its tokens of what loss_of tells.
-
-    `known`: while the ratio is 1, the gradient by each log-prob does not depend on their values, and the output head
-    needs one pass instead of two (model.TokenLogProbs).
-    """
-    config, (batch, ids, mask, A) = run.config, piece
-    expected = None
-    if known:
-        guess = torch.zeros(mask.shape, device=mask.device, requires_grad=True)
-        loss_of(config, guess, guess.detach(), None, A, mask, total)[0].backward()
-        expected = guess.grad
-    logprobs = run.network(batch, ids, mask, config.temperature, expected)  # (b, N, T)
-    old = logprobs.detach() if old is None else old
-    loss, stats = loss_of(config, logprobs, old, reference, A, mask, total)
-    loss.backward()
-    return {"loss": loss.detach(), **{name: value * mask.sum() for name, value in stats.items()}}
-
-def loss_of(config: Config, logprobs, old, reference, A, mask, total) -> tuple[torch.Tensor, dict]:
-    """The method's loss on some groups, divided by `total`, and means over their tokens of what is worth knowing."""
-    if config.method == "sft":
-        return visurf.sft_loss(logprobs, mask, config.average, total), {}
-    clip = config.epsilon, config.epsilon_high or config.epsilon
-    loss, stats = visurf.policy_loss(logprobs, old, A, mask, *clip, config.ratio, config.average, total)
-    if reference is not None:
-        kl, sampled = visurf.kl_estimate(reference - logprobs), mask.clone()
-        if config.method == "visurf":
-            sampled[:, -1] = False  # the estimate holds for draws from the policy, and the label is none
-        loss = loss + config.beta * visurf.masked_mean(kl, sampled, config.average, total)
-        stats["reference_kl"] = visurf.masked_mean(kl.detach(), sampled, total=mask.sum().clamp(min=1))
-    return loss, stats
-
-# ---- Many processes --------------------------------------------------------------------------------------------------
-
-def shard(config: Config, device: torch.device, network: model.QwenVL):
-    """Let each of W ranks hold 1/W of the rows of every weight (FSDP2), in float32. A block's weights are gathered for
-    its turn, in the computation's dtype; its gradients are summed up in float32. What is left, tied or untied head and
-    embedding among it, is the root's."""
-    policy = MixedPrecisionPolicy(compute_dtype(config, device), torch.float32, cast_forward_inputs=False)
-    offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if config.cpu_offload else OffloadPolicy()
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for module in [*network.visual.blocks, *network.model.layers, network]:
-        fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload)
 
 @contextmanager
-def gathered(network: model.QwenVL):
-    """The whole network on every rank, a plain one, without hooks: one all-gather per unit here, and none while it
-    decodes, so ranks need not keep step. Its weights are gone after the `with` block."""
-    units = [module for module in network.modules() if isinstance(module, FSDPModule)]
-    for unit in units:  # one by one: each needs its weights twice for a moment
+def gathered(run: Run):
+    """The whole network on every rank, for sampling: a plain twin that borrows its weights."""
+    # Gathered once, here: while the twin decodes nothing is exchanged, so ranks need not keep step,
+    # and no hook of FSDP's runs, which a CUDA graph could not capture.
+    units = [module for module in run.network.modules() if isinstance(module, fsdp.FSDPModule)]
+    for unit in units:
         unit.unshard()
-    whole = model.empty_network(network.config)
-    whole.load_state_dict(dict(network.named_parameters()), assign=True)
-    whole.stop_tokens, whole.forbidden_tokens = network.stop_tokens, network.forbidden_tokens
+    weights = dict(run.network.named_parameters(remove_duplicate=False))
+    run.twin.load_state_dict(weights, assign=True)
     try:
-        yield whole
+        yield run.twin
     finally:
         for unit in units:
             unit.reshard()
 
-def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """--dtype, or what suits the device."""
-    return getattr(torch, config.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
 
-# ---- The loop --------------------------------------------------------------------------------------------------------
-
-def train(config: Config):
-    """A whole run: check what the user gave, load, evaluate, train, save, evaluate again."""
-    device, task = processes.start(), data.TASKS[config.task]
-    samples = data.load_samples(config.data, task, "train", skip_bad_rows=config.skip_bad_rows)
-    held_out = []
-    if config.eval_samples and (config.eval_data or task.eval_data == "builtin"):
-        held_out = data.load_samples(config.eval_data, task, "test", config.eval_samples, config.skip_bad_rows)
-    checkpoint = data.fetch(config.model or task.model, "model")
-    empty = model.empty_network(model.read_config(checkpoint))
-    processor = data.Processor.from_pretrained(checkpoint)
-    encode = partial(processor.encode, task=task, max_prompt_length=config.max_prompt_length, **flags.encoding(config))
-    spare = encode(samples[0])  # image settings or a prompt that cannot work: before the weights are read
-    size = sum(parameter.numel() for parameter in empty.parameters())
-    processes.check_memory(size, compute_dtype(config, device), device, config.cpu_offload)
-    directory = processes.on_first_rank(checkpoints.check_output, config, size)
-
-    run = make_run(config, task, processor, checkpoint, spare, device)
-    processes.on_first_rank(checkpoints.claim_output, config, directory)
-    if config.resume and (last := processes.on_first_rank(checkpoints.last_checkpoint, directory)):
-        checkpoints.load(run, last)
-    if processes.is_first():
-        print(f"{config.method} on {config.task}: {len(samples)} samples ({samples.skipped} bad rows skipped, "
-              f"{samples.clipped} boxes clipped), {size / 1e6:.1f} M parameters, "
-              f"{dist.get_world_size()} x {device.type}")
-        print("The policy loss stays near 0, which is normal: advantages have mean 0. Watch the rewards.")
-    if run.step == 0 or not processes.on_first_rank((directory / "before.json").exists):  # else it is known
-        run_evaluation(run, held_out, directory / "before.json")
-    with run.stop:
-        loop(run, samples, held_out, encode, directory, checkpoint)
-        final = checkpoints.save(run, gathered(run.network), directory, checkpoint)
-    run_evaluation(run, held_out, directory / "after.json", directory / "gallery.png")
-    if processes.is_first():
-        report.end_of_run(directory, final)
-
-def make_run(config: Config, task, processor, checkpoint, spare, device) -> Run:
-    """A run at step 0: sharded networks, AdamW on float32 weights, no style seen yet."""
-    where = "cpu" if config.cpu_offload else device
-    load = partial(model.load_pretrained, checkpoint, device=where, shard=partial(shard, config, device))
-    network, reference = load(), None
-    network.checkpoint_activations = config.checkpoint_activations
-    if config.beta:
-        reference = load(dtype=compute_dtype(config, device)).requires_grad_(False)
-    optimizer = torch.optim.AdamW(network.parameters(), config.learning_rate, weight_decay=config.weight_decay,
-                                  fused=True)
-    return Run(config, task, processor, network, reference, optimizer, device, data.LabelStyle(task), spare)
-
-def loop(run: Run, samples, held_out, encode, directory: Path, source):
-    """Steps until max_steps, with a line, records and now and then a checkpoint for each."""
-    config, first = run.config, processes.is_first()
-    logs = {name: checkpoints.open_log(directory / f"{name}.jsonl", run.step) for name in checkpoints.LOGS if first}
-    log = lambda name, record: checkpoints.append(logs[name], {"step": run.step, **record})
-    steps = range(run.step, config.max_steps)
-    for _ in tqdm(steps, "training", config.max_steps, initial=run.step, leave=False, disable=not first):
-        try:
-            metrics, timing, records = train_step(run, next_examples(run, samples, encode))
-        except (processes.Interrupted, data.DataError):  # on all ranks alike; what was learnt so far is kept
-            checkpoints.save(run, gathered(run.network), directory, source)
-            raise
-        run.step, run.prompts_seen = run.step + 1, run.prompts_seen + config.batch_size
-        if first:
-            tqdm.write(report.step_line(metrics | timing, run.step, config.max_steps))
-            log("metrics", metrics)
-            log("timing", timing)
-            if (run.step - 1) % config.log_rollouts == 0:
-                tqdm.write(report.show_group(records[0], config.method))
-                for record in records:
-                    log("completions", record)
-        if config.eval_steps and run.step % config.eval_steps == 0:
-            run_evaluation(run, held_out, directory / f"eval-{run.step}.json")
-        if run.step % config.save_steps == 0:
-            checkpoints.save(run, gathered(run.network), directory, source)
-
-def next_examples(run: Run, samples, encode) -> list[data.Example]:
-    """This rank's share of the next batch: its places rank, rank + W, … Raises on all ranks what happened on any."""
-    config, error, examples = run.config, None, []
-    run.stop.check()
-    if run.not_finite_in_a_row >= GIVE_UP_AFTER:
-        raise data.DataError(f"{GIVE_UP_AFTER} updates in a row had a loss or gradient that is not finite, the last at "
-                             f"step {run.step}: lower --learning_rate, or compute in --dtype float32")
-    order = data_order(len(samples), run.prompts_seen, config.batch_size, config.seed)
+def claim_directory(settings: Settings, directory: Path, lock):
+    """Take the directory for this run, unless another is, or was, in it."""
     try:
-        examples = [encode(samples[i]) for i in processes.share(order)]
-    except data.DataError as problem:  # an image that cannot be decoded
-        error = problem
-    for problem in processes.everyone(error):
-        if problem is not None:
-            raise problem
-    return examples
+        # Held until this process closes the file or ends, however it ends.
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise DataError(f"{directory}: another run is at work there") from None
+    config = directory / "config.json"
+    require(settings.resume or not (config.exists() or own_checkpoints(directory)),
+            f"{directory} holds another run: --resume continues it, or give another --output_dir")
+    before = json.loads(config.read_text()) if config.exists() else asdict(settings)
+    for name in FIXED:
+        require(before.get(name) == getattr(settings, name), f"{directory} holds a run with "
+                f"--{name} {before.get(name)!r}, which --resume cannot change")
+    write_text(config, json.dumps(asdict(settings), indent=2))
 
-def data_order(size: int, first: int, count: int, seed: int) -> list[int]:
-    """Which samples are number first .. first + count - 1 of an endless stream that shuffles the data each epoch."""
-    places = range(first, first + count)
-    shuffled = {epoch: np.random.default_rng([seed, epoch]).permutation(size) for epoch in {k // size for k in places}}
-    return [int(shuffled[k // size][k % size]) for k in places]
 
-def mix_seeds(*numbers: int) -> int:
-    """One seed from several numbers. Shifted together they would not do: torch's CPU generator keeps 32 bits."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+def own_checkpoints(directory: Path) -> list[Path]:
+    """The complete checkpoints of the run, from the oldest to the newest; nothing else's."""
+    found = {}
+    for path in directory.glob("checkpoint-*"):
+        step = path.name.partition("-")[2]
+        if step.isdecimal() and (path / f"{STATE}.json").is_file() and not path.is_symlink():
+            found[int(step)] = path
+    return [found[step] for step in sorted(found)]
 
-# ---- What is shown ---------------------------------------------------------------------------------------------------
 
-def run_evaluation(run: Run, samples, answers: Path, gallery: Path | None = None):
-    """Held-out metrics and every answer go to a file, and some answers into a picture; nothing without samples."""
-    if not samples:
+def save(run: Run):
+    """Write checkpoint-STEP unless it is there, then delete the oldest beyond --keep."""
+    final = run.directory / f"checkpoint-{run.step}"
+    # It has this name until it is complete and on the disk: nobody ever finds half of one.
+    unfinished = run.directory / "unfinished"
+    if run.step == 0 or on_first_rank(final.exists):
         return
-    with gathered(run.network) as network:
-        results = evaluate.evaluate(network, run.processor, run.task, processes.share(samples),
-                                    max_new_tokens=run.config.max_completion_length, progress=processes.is_first(),
-                                    **flags.encoding(run.config))
-    results = processes.interleaved(results)  # in the order of the samples
-    if processes.is_first():
-        content = {"metrics": evaluate.metrics(results, run.task), "answers": results}
-        checkpoints.write_text(answers, json.dumps(content, indent=1))
-        if gallery:
-            report.gallery(results, samples, gallery)
+    finite = [bool(torch.isfinite(weight).all()) for weight in run.network.parameters()]
+    require(all(gather(finite)), f"step {run.step}: weights are not finite and not saved: lower "
+            "--learning_rate; --resume continues from the last checkpoint")
+    try:
+        on_first_rank(shutil.rmtree, unfinished, True)
+        with gathered(run) as network:
+            on_first_rank(model.save_pretrained, network, unfinished, run.source)
+        writer = dcp.HuggingFaceStorageWriter(str(unfinished / STATE), save_distributed=True)
+        dcp.save(tensors(run), storage_writer=writer, no_dist=dist.get_world_size() == 1)
+        state = {name: getattr(run, name) for name in COUNTERS}
+        state["digests"] = compute_digests(unfinished)
+        on_first_rank(write_text, unfinished / f"{STATE}.json", json.dumps(state, indent=1))
+        # The name must not reach the disk before the contents.
+        os.sync()
+        on_first_rank(os.rename, unfinished, final)
+    except (OSError, dcp.CheckpointException) as error:
+        raise DataError(f"{final}: not written ({str(error)[-300:]}); --resume continues from the "
+                        "last checkpoint") from None
+    for old in on_first_rank(own_checkpoints, run.directory)[: -run.settings.keep]:
+        # By another name, because half of one must not look like a whole one.
+        on_first_rank(os.rename, old, unfinished)
+        on_first_rank(shutil.rmtree, unfinished)
 
-# ---- The command line ------------------------------------------------------------------------------------------------
 
-def parse_command_line(argv=None) -> Config:
-    """Flags from Config's fields; a flag that was not given takes the task's default, then Config's."""
-    recipe = lambda given: data.TASKS[given.get("task", Config.task)].recipe
-    config, error = flags.parse(Config, "train.py", __doc__.split("\n")[0], recipe, argv)
-    if config.method == "rlvr" and config.num_generations < 2:
-        error("--num_generations 1 leaves rlvr nothing to compare in a group: use 2 or more, or --method visurf")
-    if config.beta and config.method == "sft":
-        error("--beta weighs a KL over rollouts, and --method sft has none: leave it out")
-    if config.resume and config.overwrite:
-        error("--resume continues the run in --output_dir and --overwrite deletes it: give one of them")
-    return config
+def tensors(run: Run) -> dict[str, torch.Tensor]:
+    """All tensors of the training state: weights, and AdamW's moments and step counts."""
+    found = {}
+    for name, parameter in run.network.named_parameters():
+        state = run.optimizer.state[parameter]
+        if not state:
+            # AdamW makes these in its first step, and --resume loads into them before that.
+            state["step"] = torch.zeros((), device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter, requires_grad=False)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, requires_grad=False)
+        found[f"weight/{name}"] = parameter.detach()
+        for key, value in state.items():
+            found[f"{key}/{name}"] = value
+    return found
 
-def main(argv=None):
-    config = parse_command_line(argv)
-    with processes.one_report("train.py", (data.DataError, model.CheckpointError, OSError)):
-        train(config)
+
+def compute_digests(directory: Path) -> dict[str, str]:
+    """SHA-256 of all tensor files by name; each rank reads its share of them."""
+    digests = []
+    for path in share(sorted(directory.rglob("*.safetensors"))):
+        with open(path, "rb") as file:
+            digests.append((path.name, hashlib.file_digest(file, "sha256").hexdigest()))
+    return dict(gather(digests))
+
+
+def resume(run: Run):
+    """Go on from the last checkpoint, if there is one, on as many ranks as there are now."""
+    own = on_first_rank(own_checkpoints, run.directory)
+    if own:
+        state = json.loads((own[-1] / f"{STATE}.json").read_text())
+        require(compute_digests(own[-1]) == state["digests"], f"{own[-1]}: a damaged or missing "
+                "tensor file; delete this checkpoint to go on from an older one, or anew")
+        for name in COUNTERS:
+            setattr(run, name, state[name])
+        run.votes = Counter(run.votes)
+        reader = dcp.HuggingFaceStorageReader(str(own[-1] / STATE))
+        dcp.load(tensors(run), storage_reader=reader, no_dist=dist.get_world_size() == 1)
+    for log in share(sorted(run.directory.glob("*.jsonl"))):
+        # Without steps that will be done again, and a line that a crash cut off.
+        lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        kept = [line for line in lines if json.loads(line)["step"] <= run.step]
+        write_text(log, "".join(kept))
+
+
+def evaluate_held_out(run: Run, name: str):
+    """Answer the held-out samples, if there are any; answers and metrics go to NAME.json."""
+    results = []
+    size = 32 * dist.get_world_size()
+    with gathered(run) as network:
+        # Batch by batch, so that a signal need not wait for the last.
+        for first in range(0, len(run.held_out), size):
+            leave_if_asked()
+            found, bad_rows = evaluate(network, run.processor, run.held_out[first : first + size],
+                                       run.settings.max_completion_length, progress=False)
+            for problem in bad_rows:
+                require(run.settings.skip_bad_rows, f"{problem}; see --skip_bad_rows")
+            results += found
+    if results:
+        content = {"metrics": metrics(results, run.processor.task), "answers": results}
+        on_first_rank(write_text, run.directory / f"{name}.json", json.dumps(content, indent=1))
+
+
+def log_step(run: Run, values: dict, timing: dict, records: list[dict]):
+    """A line on the console and a record in the logs; every tenth step whole groups too."""
+    if run.settings.tensorboard and run.board is None:
+        from torch.utils.tensorboard import SummaryWriter
+        run.board = SummaryWriter(run.directory / "tensorboard", purge_step=run.step)
+    logged = {"style": visurf.preferred_style(run.votes), "skipped_rows": run.skipped_rows}
+    line = f"step {run.step:4d}/{run.settings.max_steps}"
+    for name, value in (values | timing).items():
+        line += f" | {name} {value:.3g}"
+        if run.board:
+            run.board.add_scalar(name, value, run.step)
+    print(line, flush=True)
+    # JSON has no NaN.
+    logged |= {name: value if math.isfinite(value) else None for name, value in values.items()}
+    groups = records if run.step % 10 == 1 else []
+    for group in groups[:1]:
+        print(data.printable(f"    {group['texts'][-1]!r} earns {group['rewards'][-1]}"))
+    for name, entries in {"metrics": [logged], "timing": [timing], "completions": groups}.items():
+        with open(run.directory / f"{name}.jsonl", "a") as file:
+            for entry in entries:
+                file.write(json.dumps({"step": run.step} | entry) + "\n")
+
+
+def leave_if_asked():
+    """End all ranks if a signal came to any of them, with the exit code 128 + its number."""
+    numbers = gather(noted[:1])
+    if numbers:
+        if is_first():
+            name = signal.Signals(numbers[0]).name
+            print(f"train.py: stopped by {name}; --resume continues", file=sys.stderr)
+        sys.exit(128 + numbers[0])
+
 
 if __name__ == "__main__":
     main()
-    processes.leave()

@@ -12,26 +12,51 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded by a test
 import pytest
 import torch
 
-IMAGE, VISION = 190, {"image_token_id": 190, "video_token_id": 191, "vision_start_token_id": 192,
-                      "vision_end_token_id": 193}
-TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "vocab_size": 200, "rms_norm_eps": 1e-6, "bos_token_id": 1, "eos_token_id": 2,
-        "rope_parameters": {"rope_type": "default", "type": "mrope", "mrope_section": [2, 3, 3], "rope_theta": 1e6}}
+FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+IMAGE = 190
+VISION = {
+    "image_token_id": IMAGE,
+    "video_token_id": 191,
+    "vision_start_token_id": 192,
+    "vision_end_token_id": 193,
+}
+ROPE = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e6}
+TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 200,
+    "rms_norm_eps": 1e-6,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+    "rope_parameters": ROPE,
+}
 
 
 def reference_network(family: str, tied: bool = True):
-    """A small random network of transformers, family "qwen2_vl" or "qwen2_5_vl"; biases and norms are random too."""
-    import transformers as hf
+    """A small random network of transformers; its biases and norms are random too."""
+    import transformers
 
     torch.manual_seed(0)
     settings = {"text_config": TEXT, "tie_word_embeddings": tied, **VISION}
     if family == "qwen2_vl":
         vision = {"depth": 2, "embed_dim": 32, "num_heads": 2, "hidden_size": 64, "patch_size": 4}
-        network = hf.Qwen2VLForConditionalGeneration(hf.Qwen2VLConfig(vision_config=vision, **settings))
-    else:  # a window is 4 merged patches wide; block 1 sees the whole image
+        config = transformers.Qwen2VLConfig(vision_config=vision, **settings)
+    elif family == "qwen2_5_vl":
+        # A window is 4 merged patches wide; block 1 sees the whole image.
         vision = {"depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64,
                   "patch_size": 4, "window_size": 32, "fullatt_block_indexes": [1]}
-        network = hf.Qwen2_5_VLForConditionalGeneration(hf.Qwen2_5_VLConfig(vision_config=vision, **settings))
+        config = transformers.Qwen2_5_VLConfig(vision_config=vision, **settings)
+    else:
+        # Blocks 0 and 1 also feed the first layers of the language model (DeepStack).
+        vision = {"depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64,
+                  "patch_size": 4, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64}
+        text = {**TEXT, "head_dim": 16, "rope_parameters": {**ROPE, "mrope_interleaved": True}}
+        config = transformers.Qwen3VLConfig(vision_config=vision, **{**settings, "text_config": text})
+    network = transformers.AutoModelForImageTextToText.from_config(config)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -47,7 +72,8 @@ def random_prompt(grids, text: int, seed: int = 0) -> SimpleNamespace:
     ids += torch.randint(10, 180, (text,), generator=generator).tolist()
     patches = sum(h * w for h, w in grids)
     return SimpleNamespace(
-        ids=torch.tensor(ids), pixels=torch.randn(patches, 3 * 2 * 4 * 4, generator=generator),
+        ids=torch.tensor(ids),
+        pixels=torch.randn(patches, 3 * 2 * 4 * 4, generator=generator),
         grid_thw=torch.tensor([(1, h, w) for h, w in grids], dtype=torch.long).view(-1, 3))
 
 

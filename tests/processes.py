@@ -1,9 +1,14 @@
-"""Start the ranks of a run from tests: forked from one server that has imported torch once, joined over gloo."""
+"""Start the ranks of a run from tests, and end them as torchrun would.
+
+They are forked from one server that has imported torch once, and are joined over gloo. The parent
+plays torchrun's agent: where one rank fails, the others get SIGTERM, and after a while SIGKILL.
+"""
 
 import contextlib
 import importlib
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -14,36 +19,43 @@ from torch.distributed import TCPStore
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["ranks"])
-os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+PATHS = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+os.environ["PYTHONPATH"] = os.pathsep.join(PATHS)
+NOTICE = 1.0  # seconds between a rank's failure and SIGTERM for the others
+GRACE = 3.0  # seconds between that and SIGKILL; torchrun's agent gives 30
 
 
 class Ranks:
-    """`world` processes that call module.function(*args) as torchrun's would; what they print goes to files."""
+    """`world` processes that call module.function(*args); what they print goes to files."""
 
     def __init__(self, world: int, directory: Path, target: str, *args):
-        self.store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # torchrun's part
+        # The store that torchrun's agent offers to its workers.
+        self.store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         directory.mkdir(parents=True, exist_ok=True)
         self.outputs = [directory / f"rank{rank}.txt" for rank in range(world)]
-        pipes = [CONTEXT.Pipe(duplex=False) for _ in range(world)]
-        self.results = [receive for receive, _ in pipes]
-        self.processes = [
-            CONTEXT.Process(target=_rank, args=(rank, world, self.store.port, str(output), send, target, args))
-            for rank, (output, (_, send)) in enumerate(zip(self.outputs, pipes))]
-        for process in self.processes:
+        self.results = []
+        self.processes = []
+        for rank in range(world):
+            receive, send = CONTEXT.Pipe(duplex=False)
+            arguments = (rank, world, self.store.port, str(self.outputs[rank]), send, target, args)
+            process = CONTEXT.Process(target=run_rank, args=arguments)
             process.start()
-        for _, send in pipes:
             send.close()
+            self.results.append(receive)
+            self.processes.append(process)
 
     def wait(self, seconds: float = 120) -> list:
-        """Exit codes once all have ended (-9 for a process that had to be killed after `seconds`)."""
+        """Exit codes once all ranks have ended; -9 for one that had to be killed."""
         end = time.monotonic() + seconds
-        for process in self.processes:
-            process.join(max(0, end - time.monotonic()))
-        late = [process for process in self.processes if process.is_alive()]
-        for process in late:
-            process.kill()
-            process.join()
-        assert not late, f"still running after {seconds} s: {self.text()}"
+        failed_at = None
+        steps = [(NOTICE, signal.SIGTERM), (NOTICE + GRACE, signal.SIGKILL)]
+        while any(process.is_alive() for process in self.processes):
+            assert time.monotonic() < end, f"still running after {seconds} s: {self.stop()}"
+            if any(process.exitcode not in (0, None) for process in self.processes):
+                failed_at = failed_at or time.monotonic()
+            if steps and failed_at and time.monotonic() > failed_at + steps[0][0]:
+                self.signal(steps.pop(0)[1])
+            time.sleep(0.02)
         return [process.exitcode for process in self.processes]
 
     def values(self, seconds: float = 240) -> list:
@@ -52,31 +64,40 @@ class Ranks:
         for result in self.results:
             try:
                 received.append(result.recv() if result.poll(seconds) else None)
-            except EOFError:  # it died; its exit code and what it printed tell why
+            except EOFError:
+                # It died; its exit code and what it printed tell why.
                 received.append(None)
         assert self.wait(30) == [0] * len(self.processes), self.text()
         return received
 
     def signal(self, number: int, ranks=None):
-        """Send a signal to some ranks, or all; those that have ended meanwhile do not mind."""
+        """Send a signal to some ranks, or to all; those that have ended do not mind."""
         for rank in range(len(self.processes)) if ranks is None else ranks:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.processes[rank].pid, number)
+            if self.processes[rank].is_alive():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self.processes[rank].pid, number)
+
+    def stop(self) -> str:
+        self.signal(signal.SIGKILL)
+        return self.text()
 
     def text(self) -> str:
         return "".join(output.read_text() for output in self.outputs if output.exists())
 
 
-def _rank(rank, world, port, output, send, target, args):
+def run_rank(rank, world, port, output, send, target, args):
     with open(output, "ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "localhost",
-                   "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True", "HF_HUB_OFFLINE": "1"}
+    sys.stdout = os.fdopen(1, "w", 1)
+    sys.stderr = os.fdopen(2, "w", 1)
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "HF_HUB_OFFLINE": "1",
+        "TORCHELASTIC_USE_AGENT_STORE": "True"}
     torch.set_num_threads(1)
     module, function = target.split(":")
-    value = getattr(importlib.import_module(module), function)(*args)
-    send.send(value)
+    send.send(getattr(importlib.import_module(module), function)(*args))
     sys.stdout.flush()
-    os._exit(0)  # a regular exit would wait for threads that wait for other ranks
+    # A regular exit would wait for threads that wait for other ranks.
+    os._exit(0)

@@ -1,7 +1,5 @@
-"""What each rank does in tests of several processes; imported by forked processes, so free of pytest."""
+"""What each rank does in tests of several processes; imported by forked ones, so free of pytest."""
 
-import ctypes
-import gc
 import os
 import resource
 import signal
@@ -13,195 +11,221 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoTokenizer, Qwen2VLConfig  # noqa: F401 here, once, not in each forked rank
+from transformers import AutoTokenizer, Qwen2VLImageProcessorPil  # noqa: F401 once, not in each rank
 
 import data
+import eval as evaluation
+import memory
+import model
 import train
-from support import checkpoints, processes
 
-TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny-qwen2-vl"
-SMALL = ["--batch_size", "5", "--num_generations", "3", "--max_completion_length", "48", "--temperature", "2.0",
-         "--learning_rate", "2e-4"]
+SMALL = ["--batch_size", "5", "--num_generations", "3", "--max_completion_length", "32",
+         "--temperature", "2.0", "--learning_rate", "2e-4"]
 
 
-def start(*flags):
-    """A run at step 0, its samples and their encoding."""
-    config = train.parse_command_line([*SMALL, *map(str, flags)])
-    device, task, processor = processes.start(), data.TASKS["digits"], data.Processor.from_pretrained(TINY)
-    samples = data.load_samples("builtin", task, limit=40)
-    encode = lambda sample: processor.encode(sample, task)
-    return train.make_run(config, task, processor, TINY, encode(samples[0]), device), samples, encode
+def make_run(*flags, directory=".") -> train.Run:
+    """A run at step 0, and nothing on disk."""
+    settings = evaluation.parse(train.Settings, [*SMALL, *map(str, flags)], "train.py")
+    device = evaluation.start()
+    settings.dtype = settings.dtype or "float32"
+    task = data.TASKS[settings.task]
+    source = data.fetch(settings.model or task.model, "model")
+    processor = data.Processor.from_pretrained(source, task, settings.think)
+    samples = data.load_samples(settings.data, task, "train", 40)
+    dummy = train.Group(processor.encode(samples[0]), [processor.label_ids("[]")],
+                        advantages=torch.zeros(1))
+    twin = model.empty_network(model.read_config(source))
+    network = train.load_network(settings, source, twin, device)
+    optimizer = torch.optim.AdamW(network.parameters(), settings.learning_rate,
+                                  weight_decay=settings.weight_decay, fused=True)
+    return train.Run(settings, Path(directory), source, processor, samples, [], dummy, device,
+                     network, twin, optimizer)
 
 
 def whole(run) -> dict:
-    return {name: p.full_tensor().detach().numpy().copy() for name, p in run.network.named_parameters()}
+    """All weights, gathered, as float32 arrays."""
+    weights = {}
+    for name, parameter in run.network.named_parameters():
+        weights[name] = parameter.full_tensor().detach().numpy().copy()
+    return weights
 
 
-def steps(run, samples, encode, count: int) -> list[tuple]:
+def steps(run, count: int) -> list[tuple]:
     """Metrics and group records of some steps."""
     results = []
     for _ in range(count):
-        metrics, _, records = train.train_step(run, train.next_examples(run, samples, encode))
+        metrics, _, records = train.train_step(run)
         results.append((metrics, records))
-        run.step, run.prompts_seen = run.step + 1, run.prompts_seen + run.config.batch_size
     return results
 
 
-def without_signal(word: str, score):
-    """A reward that cannot tell apart the rollouts of prompts with this word in their question."""
-    def constant(run, text, example):
-        scores = score(run, text, example)
-        return dict.fromkeys(scores, 1.0) if word in example.sample.question else scores
+def without_signal(words: str, score):
+    """A reward that cannot tell apart the rollouts of questions with these words."""
+    def constant(processor, text, example):
+        scores = score(processor, text, example)
+        return dict.fromkeys(scores, 1.0) if words in example.sample.question else scores
 
     return constant
 
 
 def in_two_styles(decode):
-    """A decoder that writes about half of all completions with a space after each comma."""
-    return lambda ids: decode(ids).replace(",", ", ") if int(sum(ids)) % 2 else decode(ids)
+    """A decoder that writes about half of all completions spaced, the others compactly."""
+    def decode_some(processor, ids):
+        text = decode(processor, ids)
+        return text.replace(",", ", ").replace(":", ": ") if int(sum(ids)) % 2 else text
+
+    return decode_some
 
 
-def three_steps(settings: dict) -> dict:
-    """For each list of flags by name: metrics and records of three steps, and the weights then.
+def some_steps(settings: dict) -> dict:
+    """For each list of flags by name: metrics and records of two steps, and weights and votes then.
 
-    Some groups have no signal, and rollouts differ in style."""
-    train.score, results = without_signal("one", train.score), {}
+    Some groups have no signal, and rollouts differ in style.
+    """
+    data.Processor.score = without_signal("the one", data.Processor.score)
+    data.Processor.decode = in_two_styles(data.Processor.decode)
+    results = {}
     for name, flags in settings.items():
-        run, samples, encode = start(*flags)
-        run.processor.decode = in_two_styles(run.processor.decode)
-        results[name] = steps(run, samples, encode, 3), whole(run)
-    return results if processes.is_first() else {}
+        run = make_run(*flags)
+        if run.settings.method == "sft":
+            train.vote_by_greedy_answers(run)
+        results[name] = steps(run, 2), whole(run), run.votes
+    return results if evaluation.is_first() else {}
+
+
+# ---- Traffic and numbers -------------------------------------------------------------------------
 
 
 class Collectives(TorchDispatchMode):
-    """Counts the calls of torch.distributed's operations by name, and the bytes that FSDP's gathers and sums hold."""
+    """Counts torch.distributed's operations by name, and the bytes of FSDP's gathers and sums."""
 
     def __init__(self):
         super().__init__()
-        self.counts, self.bytes, self.dtypes = Counter(), 0, set()
+        self.counts = Counter()
+        self.bytes = 0
+        self.dtypes = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if "c10d" in function.namespace:
             name = function.name().split("::")[1]
             self.counts[name] += 1
             if name in ("_allgather_base_", "_reduce_scatter_base_"):
-                self.bytes += max(args[0].nbytes, args[1].nbytes)  # one side is the whole, the other a rank's part
+                # One side is the whole, the other a rank's part of it.
+                self.bytes += max(args[0].nbytes, args[1].nbytes)
                 self.dtypes.add((name, str(args[0].dtype)))
         return function(*args, **(kwargs or {}))
 
 
 def traffic() -> dict:
-    """Collectives of the parts of a step, the number of FSDP units, that of the tokens decoded, and bytes received."""
-    import memory as planned
-
-    run, samples, encode = start("--batch_size", 2)
-    examples = train.next_examples(run, samples, encode)
-    with Collectives() as gathering, train.gathered(run.network) as network:
+    """Collectives of the parts of a step, and how many FSDP units and decoded tokens there are."""
+    run = make_run("--batch_size", 2)
+    batch = train.encode_share(run, range(2))
+    with Collectives() as gathering, train.gathered(run) as network:
         with Collectives() as decoding:
-            tokens = train.model.generate(network, examples, 3, 48, seeds=[dist.get_rank()])
+            examples = [example for _, example in batch]
+            tokens = model.generate(network, examples, 3, 48, seeds=[dist.get_rank()])
     with Collectives() as sampling:
-        train.sample_rollouts(run, examples)
-    groups = [train.score_rollouts(run, e, c) for e, c in zip(examples, train.sample_rollouts(run, examples))]
+        groups = train.sample(run, batch, 3, 1.0)
     for group in groups:
-        group.advantages = torch.tensor([1.0, -1.0, 0.0], dtype=torch.float64)
+        group.advantages = torch.tensor([1.0, -1.0, 0.5], dtype=torch.float64)
     with Collectives() as updating:
         train.update(run, groups)
-    return {"blocks": len(run.network.visual.blocks) + len(run.network.model.layers),
+    return {"blocks": len(run.network.blocks()),
             "units": sum(isinstance(module, FSDPModule) for module in run.network.modules()),
-            "gathering": gathering.counts, "decoding": decoding.counts, "sampling": sampling.counts,
-            "updating": updating.counts, "tokens": [len(c.ids) for group in tokens for c in group],
-            "bytes": (sampling.bytes + updating.bytes) / 2,  # of two ranks, each has one half already
-            "planned bytes": planned.traffic(run.network.config, 2, dtype_bytes=4, pieces=1)}
-
-
-def a_loss_that_is_not_finite() -> tuple:
-    """The second rank's loss is NaN in the first of two steps: what the metrics say, and weights before and after."""
-    run, samples, encode = start("--batch_size", 2, "--method", "sft")
-    before, good = whole(run), train.visurf.sft_loss
-    if dist.get_rank() == 1:
-        train.visurf.sft_loss = lambda *args: good(*args) * float("nan")
-    [(first, _)], after = steps(run, samples, encode, 1), whole(run)
-    train.visurf.sft_loss = good
-    [(second, _)] = steps(run, samples, encode, 1)
-    return first, second, before, after, whole(run)
+            "gathering": gathering.counts, "decoding": decoding.counts,
+            "sampling": sampling.counts, "updating": updating.counts,
+            "tokens": [len(completion.ids) for group in tokens for completion in group],
+            # Of two ranks, each has one half already.
+            "bytes": (sampling.bytes + updating.bytes) / 2,
+            "planned": memory.traffic(run.network.config, 2, dtype_bytes=4, pieces=1)}
 
 
 def in_bfloat16() -> dict:
     """Data types in a run that computes in bfloat16, and its loss beside that in float32."""
     losses, found = {}, {}
     for dtype in ("float32", "bfloat16"):
-        run, samples, encode = start("--method", "sft", "--dtype", dtype)
+        run = make_run("--method", "sft", "--dtype", dtype)
         gradients = []
-        run.optimizer.register_step_pre_hook(lambda optimizer, *_: gradients.extend(
-            p.grad.dtype for group in optimizer.param_groups for p in group["params"]))
+
+        def note_dtypes(optimizer, *_):
+            for group in optimizer.param_groups:
+                gradients.extend(str(parameter.grad.dtype) for parameter in group["params"])
+
+        run.optimizer.register_step_pre_hook(note_dtypes)
         with Collectives() as exchanged:
-            losses[dtype] = steps(run, samples, encode, 1)[0][0]["loss"]
-        with train.gathered(run.network) as network:
-            found[dtype] = {str(p.dtype) for p in network.parameters()}
+            losses[dtype] = steps(run, 1)[0][0]["loss"]
+        with train.gathered(run) as network:
+            found[dtype] = {str(parameter.dtype) for parameter in network.parameters()}
         found[dtype, "exchanged"] = exchanged.dtypes
-        found[dtype, "kept"] = {str(t.dtype) for t in checkpoints.tensors(run).values()} | set(map(str, gradients))
+        kept = {str(tensor.dtype) for tensor in train.tensors(run).values()}
+        found[dtype, "kept"] = kept | set(gradients)
     return {"losses": losses} | found
 
 
-# ---- Whole runs ------------------------------------------------------------------------------------------------------
+def a_loss_that_is_not_finite() -> tuple:
+    """The last rank's loss is NaN in the first of two steps: metrics, and weights before and after."""
+    run = make_run("--batch_size", 2, "--method", "sft")
+    before = whole(run)
+    good = train.visurf.sft_loss
+    if dist.get_rank() == dist.get_world_size() - 1:
+        train.visurf.sft_loss = lambda *args: good(*args) + float("nan")
+    [(first, _)] = steps(run, 1)
+    after = whole(run)
+    train.visurf.sft_loss = good
+    [(second, _)] = steps(run, 1)
+    return first, second, before, after, whole(run)
+
+
+# ---- Whole runs ----------------------------------------------------------------------------------
 
 
 def main(*flags):
     """train.py as torchrun starts it."""
-    train.main([*SMALL, "--eval_samples", "0", "--method", "visurf", *map(str, flags)])
+    train.main([*SMALL, "--eval_samples", "0", *map(str, flags)])
     assert not dist.is_initialized(), "it leaves without having said so"
 
 
 def main_with_a_bug(*flags):
-    """One rank's reward has a bug that shows in the second step; the other would wait for ever, as GPUs do."""
-    score = train.score
+    """One rank has a bug that shows in the second step; the other would wait for ever, as GPUs do."""
+    inject = train.inject_label
 
-    def broken(run, text, example):
+    def broken(run, group):
         if run.step == 1:
             if dist.get_rank() == 1:
                 raise ZeroDivisionError("a bug of ours")
             time.sleep(1000)
-        return score(run, text, example)
+        inject(run, group)
 
-    train.score = broken
+    train.inject_label = broken
     main(*flags)
-
-
-def first_to_fail() -> bool:
-    """Whether this rank is the one to report, when all fail at once and none is ended by another."""
-    processes._leave_when_another_fails = lambda: None
-    processes.start()
-    processes.everyone("is here")
-    first = processes._is_first_to_fail(2)
-    processes.everyone("knows")
-    return first
 
 
 def main_without_a_finite_loss(*flags):
     """The last rank's loss is never finite."""
     good = train.visurf.sft_loss
-    train.visurf.sft_loss = lambda *args: good(*args) * (float("nan") if dist.get_rank() else 1.0)
+    if os.environ["RANK"] != "0":
+        train.visurf.sft_loss = lambda *args: good(*args) + float("nan")
     main("--method", "sft", *flags)
 
 
 def main_with_a_full_disk(*flags):
-    """The disk of the last rank takes no file of more than 1 MB any more, from the second checkpoint on."""
+    """The last rank's disk takes no file of more than 1 MB any more after the first checkpoint."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    save = checkpoints.dcp.save
+    save = train.dcp.save
 
     def save_and_fill(*args, **kwargs):
         save(*args, **kwargs)
         if dist.get_rank() == dist.get_world_size() - 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
 
-    checkpoints.dcp.save = save_and_fill
+    train.dcp.save = save_and_fill
     main(*flags)
 
 
 def main_killed(where: str, nth: int, *flags):
-    """All ranks are killed when the first comes to its nth call of a function, such as "os.replace"."""
+    """The first rank is killed when it comes to its nth call of a function, such as "os.rename"."""
     owner, name = where.split(".")
-    owner = getattr(checkpoints, owner)
+    owner = getattr(train, owner)
     function, calls = getattr(owner, name), []
 
     def deadly(*args, **kwargs):
@@ -215,63 +239,20 @@ def main_killed(where: str, nth: int, *flags):
     main(*flags)
 
 
+def main_asked_to_leave(*flags):
+    """A signal comes to the last rank while it samples in the second step."""
+    sample, calls = train.sample, []
+
+    def sample_and_note(*args):
+        calls.append(args)
+        if len(calls) == 2 and os.environ["RANK"] != "0":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return sample(*args)
+
+    train.sample = sample_and_note
+    main(*flags)
+
+
 def evaluate(*flags):
     """eval.py as torchrun starts it."""
-    train.evaluate.main([*map(str, flags)])
-
-
-# ---- Memory ----------------------------------------------------------------------------------------------------------
-
-
-def memory() -> tuple[dict, dict]:
-    """Bytes as tests/memory.py plans them and as measured, of a network with 58 M parameters in float32."""
-    import bench
-    import memory as planned
-
-    shape = bench.SIZES["large"]
-    rope = {"rope_type": "default", "type": "mrope", "mrope_section": shape["mrope_section"], "rope_theta": 1e6}
-    network_config = Qwen2VLConfig(text_config={**shape["text"], "vocab_size": 60_000, "rope_parameters": rope},
-                                   vision_config=shape["vision"], tie_word_embeddings=True, image_token_id=bench.IMAGE)
-    config, device = train.parse_command_line(["--checkpoint_activations"]), processes.start()
-    steps(*start("--batch_size", 2), 1)  # loads what PyTorch loads on first use
-    before = resident()
-    network = train.model.empty_network(network_config)
-    train.shard(config, device, network)
-    network.to_empty(device=device)
-    network.checkpoint_activations = True
-    for parameter in network.parameters():
-        torch.nn.init.normal_(parameter.to_local(), std=0.02)
-    optimizer = torch.optim.AdamW(network.parameters(), fused=True)
-    prompts, G, T = bench.make_prompts(2, 16), 4, 32
-    batch = train.model.PromptBatch.from_prompts(prompts[:1], network_config)
-    completions = bench.random_completions(G + 1, T)[None]
-    mask = torch.ones_like(completions, dtype=torch.bool)
-
-    def rollouts():
-        with train.gathered(network) as whole:
-            train.model.generate(whole, prompts, G, T)
-
-    def update():
-        network(batch, completions, mask, expected=mask / mask.sum()).mean().backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    update()
-    rollouts()
-    found = {"always": resident() - before, "rollouts": peak(rollouts), "update": peak(update)}
-    return planned.plan(network_config, dist.get_world_size(), 4, 2, G, len(prompts[0].ids), 64, T), found
-
-
-def resident() -> float:
-    """Bytes of memory that the process holds, once what it has freed is given back."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    return 1024 * int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0])
-
-
-def peak(function) -> float:
-    """Bytes that the process grows at most while a function runs."""
-    before = resident()
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    function()
-    return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) - before
+    evaluation.main([*map(str, flags)])

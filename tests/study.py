@@ -12,7 +12,7 @@ Four methods on the built-in task, from two base checkpoints that differ by thei
 Parts: `search` tries each method's learning rates on the validation split; `steps` gives each method as many optimizer
 steps, `compute` as many seconds, `controls` takes one reward control at a time from visurf. A run is a process of one
 thread. Its directory, runs/study/PART/ARM-BASE-SEED, holds train.py's files and result.json; all results together go to
-runs/study/study.json, from which the tables and study.png are made. Those of the README are in assets/. The picture
+runs/study/study.json, from which the tables and study.png are made. Those of docs/results.md are in assets/. The picture
 needs matplotlib.
 
 Decided before the runs of `steps`, `compute` and `controls`: the main number is the mean accuracy of the four sorts of
@@ -44,16 +44,17 @@ import eval as evaluate
 import model
 import rewards
 import train
-from assets import make_tiny
-from assets.digits import QUESTIONS, draw
+from extras import make_tiny
+from extras.make_digits import QUESTIONS, SPLITS, draw
 
 # ---- Settings, fixed before the runs they are for --------------------------------------------------------------------
 
 RUNS, PUBLISHED = Path("runs/study"), ROOT / "assets/study.json"
 BASES = {"A": ROOT / "assets/tiny-qwen2-vl", "B": RUNS / "base-B"}
-BASE_SEED = {"B": 1}  # of assets/make_tiny.py; A is bundled, with seed 0
+BASE_SEED = {"B": 1}  # of extras/make_tiny.py; A is bundled, with seed 0
 SEEDS, COMPUTE_SEEDS, SEARCH_SEEDS = range(5), range(4), (100,)
 STEPS, BATCH, EVAL_STEPS, EVAL_SAMPLES = 240, 8, 60, 200
+MEASURED_SAMPLES, RETENTION_SAMPLES = 400, 100  # the whole split; of each lesson
 RATES = (5e-5, 1e-4, 2e-4, 4e-4)  # tried for every method on base A; of two stages, for the second
 CHOSEN = {"sft": 2e-4, "rlvr": 1e-4, "sft-rlvr": 5e-5, "visurf": 2e-4}  # the best of the search
 # Steps that cost as many seconds as visurf's, by the runs of the search: 0.104 s a step of sft, 0.305 of rlvr, 0.44 of
@@ -122,7 +123,8 @@ def run_job(job: Job):
                        "eval_steps": EVAL_STEPS, "save_steps": EVAL_STEPS, "output_dir": output}
             command = [str(word) for name, value in command.items() for word in (f"--{name}", value)]
             try:
-                train.main([*command, *flags, "--resume"])
+                with count_cpu_seconds(job.directory / "cpu.jsonl", number):
+                    train.main([*command, *flags, "--resume"])
             except SystemExit as error:  # a pool would wait for this process for ever
                 raise RuntimeError(f"{output}: train.py ended with exit code {error.code}; see log.txt") from None
             checkpoint = output / f"checkpoint-{steps}"
@@ -134,23 +136,44 @@ def run_job(job: Job):
     partial.replace(job.directory / "result.json")
 
 
+@contextlib.contextmanager
+def count_cpu_seconds(path: Path, stage: int):
+    """Write down the CPU seconds of every training step: as two runs share two cores, their wall time varies."""
+    train_step = train.train_step
+
+    def timed_step(run):
+        start = time.process_time()
+        outcome = train_step(run)
+        record = {"stage": stage, "step": run.step, "cpu_seconds": time.process_time() - start}
+        with path.open("a") as log:
+            print(json.dumps(record), file=log)
+        return outcome
+
+    train.train_step = timed_step
+    try:
+        yield
+    finally:
+        train.train_step = train_step
+
+
 def measure(checkpoint, split: str) -> dict:
     """Final numbers of a checkpoint: accuracy on each sort of question, retention, and how it answers."""
-    network, processor = model.load_pretrained(checkpoint), data.Processor.from_pretrained(checkpoint)
     task = data.TASKS["digits"]
-    samples = data.load_samples("builtin", task, split)
-    results = evaluate.evaluate(network, processor, task, samples, max_new_tokens=64, batch_size=100, progress=False)
-    kept = {sort: retention(network, processor, task, sort, split) for sort in RETENTION}
+    network, processor = model.load_pretrained(checkpoint), data.Processor.from_pretrained(checkpoint, task)
+    samples = data.load_samples(None, task, split, MEASURED_SAMPLES)
+    results, _ = evaluate.evaluate(network, processor, samples, max_new_tokens=64, batch_size=100, progress=False)
+    kept = {sort: retention(network, processor, sort, split) for sort in RETENTION}
     metrics = evaluate.metrics(results, task)
     return {**by_sort(results), **{name: metrics[name] for name in ("gIoU", "well_formed", "thinking", "length")},
             **kept, "retention": np.mean(list(kept.values()))}
 
 
 def by_sort(results: list[dict]) -> dict:
-    """Accuracy at IoU 0.5 of each sort of question (N-Acc where nothing is there), and their mean, "overall"."""
+    """Share of boxes with IoU > 0.5, one to one (N-Acc where nothing is there), and the mean of all sorts, "overall"."""
     hits = {sort: [] for sort in QUESTIONS}
     for result in results:
-        hits[result["id"].split(" ", 1)[1]].append(evaluate.compare(result)[0])
+        scores = evaluate.measure(result)
+        hits[result["id"].split(" ", 1)[1]].append(scores["one_to_one"] if result["label"] else scores["N-Acc"])
     means = {sort: float(np.mean(values)) for sort, values in hits.items()}
     return means | {"overall": float(np.mean(list(means.values())))}
 
@@ -158,22 +181,22 @@ def by_sort(results: list[dict]) -> dict:
 RETENTION = ("where", "name", "outline")  # lessons of the base that no training set holds
 
 
-def retention(network, processor, task, sort: str, split: str, count: int = 100) -> float:
+def retention(network, processor, sort: str, split: str, count: int | None = None) -> float:
     """Share of a lesson's questions that are still answered as the base was taught: the very words, or for outlines
     a box with IoU > 0.5. The pictures are new; the handwriting is what the base has learnt to read, as what it could
     never do it cannot forget."""
-    rng, samples, truths = np.random.default_rng([99, data.SPLITS.index(split)]), [], []
-    for i in range(count):
+    rng, samples, truths = np.random.default_rng([99, SPLITS.index(split)]), [], []
+    for i in range(count or RETENTION_SAMPLES):
         image, scene = draw(rng)
         question, truth = make_tiny.lesson(scene, sort, rng)
-        samples.append(data.Sample(f"{sort}-{i}", question, image, []))
+        samples.append(data.Sample(f"{sort}-{i}", question, image, [], (48, 48), (48, 48)))
         truths.append(truth)
-    examples = [processor.encode(sample, task) for sample in samples]
+    examples = [processor.encode(sample) for sample in samples]
     completions = model.generate(network, examples, 1, 64, temperature=0)
     texts = [processor.decode(completion.ids) for [completion] in completions]
     if sort != "outline":
         return float(np.mean([text == truth for text, truth in zip(texts, truths)]))
-    boxes = lambda text: [found.get("bbox_2d", [0] * 4) for found in rewards.parse_answer(text) or []]
+    boxes = lambda text: [found.get("bbox_2d", [0] * 4) for found in rewards.read_answer(text, "digits") or []]
     overlaps = [rewards.iou(boxes(text), boxes(truth)) for text, truth in zip(texts, truths)]
     return float(np.mean([overlap.shape == (1, 1) and overlap[0, 0] > 0.5 for overlap in overlaps]))
 
@@ -184,8 +207,11 @@ def read_logs(job: Job) -> dict:
                                  (job.directory / f"stage-{number}" / f"{name}.jsonl").read_text().splitlines()]
     timing = [record for number in range(1, len(job.stages) + 1) for record in read(number, "timing")]
     metrics, groups = read(len(job.stages), "metrics"), read(len(job.stages), "completions")
+    # a step that was done again after an interruption counts once
+    records = [json.loads(line) for line in (job.directory / "cpu.jsonl").read_text().splitlines()]
+    cpu = {(record["stage"], record["step"]): record["cpu_seconds"] for record in records}
     logged = {"seconds": sum(record["rollout_seconds"] + record["update_seconds"] for record in timing),
-              "cpu_seconds": sum(record["cpu_seconds"] for record in timing)}
+              "cpu_seconds": sum(cpu.values())}
     for name in ("label_active", "label_advantage", "reward/thinking"):
         if name in metrics[0]:
             values = [record[name] for record in metrics]
@@ -373,7 +399,7 @@ def prepare_bases() -> dict:
     """Make base checkpoints that are not there, and measure all of them once."""
     for name, seed in BASE_SEED.items():
         if not (BASES[name] / "model.safetensors").exists():
-            command = [sys.executable, str(ROOT / "assets/make_tiny.py"), "--seed", str(seed)]
+            command = [sys.executable, str(ROOT / "extras/make_tiny.py"), "--seed", str(seed)]
             one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as the published one: more would add in another order
             subprocess.run([*command, "--output", str(BASES[name])], check=True, env=one_thread)
     path = RUNS / "bases.json"

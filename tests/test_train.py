@@ -1,28 +1,34 @@
-"""The loop: every method end to end, what a step logs, resume, and users' mistakes."""
+"""The loop in one process: every method end to end, a step's parts, resume, and users' mistakes."""
 
+import fcntl
 import json
 import math
+import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import ranks
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 import data
-import eval as evaluate
+import eval as evaluation
 import model
 import rewards
 import train
-from support import checkpoints, processes
+import visurf
 
 TINY = ROOT / "assets" / "tiny-qwen2-vl"
-FAST = ["--max_steps", "2", "--batch_size", "2", "--num_generations", "3", "--max_completion_length", "48",
-        "--eval_samples", "0", "--log_rollouts", "1", "--micro_batch_size", "2"]
+FAST = ["--max_steps", "2", "--batch_size", "2", "--num_generations", "3", "--micro_batch_size", "2",
+        "--max_completion_length", "40", "--eval_samples", "0"]
 
 
 def run(tmp_path, *flags, name="run") -> Path:
@@ -31,337 +37,448 @@ def run(tmp_path, *flags, name="run") -> Path:
     return tmp_path / name
 
 
+def expect_exit(tmp_path, capsys, *flags, name="run", code=2) -> str:
+    """What a run that must end with one line says on stderr."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, *flags, name=name)
+    printed = capsys.readouterr().err
+    lines = [line for line in printed.splitlines() if "Writing model shards" not in line]
+    assert stop.value.code == code, printed
+    assert len(lines) == 1 and lines[0].startswith("train.py: "), printed
+    return lines[0]
+
+
 def records(directory: Path, name="metrics") -> list[dict]:
     return [json.loads(line) for line in (directory / f"{name}.jsonl").read_text().splitlines()]
 
 
-def weights(directory: Path) -> dict:
-    return model.load_pretrained(checkpoints.last_checkpoint(directory)).state_dict()
+def checkpoints(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.glob("checkpoint-*"))
 
 
-def start(tmp_path, *flags):
-    """A Run at step 0 and its first batch of examples, for tests of a single step."""
-    config = train.parse_command_line([*FAST, "--output_dir", str(tmp_path), *map(str, flags)])
-    task, processor, device = data.TASKS["digits"], data.Processor.from_pretrained(TINY), processes.start()
-    samples = data.load_samples("builtin", task, limit=config.batch_size)
-    examples = [processor.encode(sample, task) for sample in samples]
-    return train.make_run(config, task, processor, TINY, examples[0], device), examples
+def make_run(*flags) -> train.Run:
+    return ranks.make_run(*FAST, *flags)
 
 
 def state(run_) -> dict:
     """A copy of all weights."""
-    return {name: parameter.full_tensor().detach().clone() for name, parameter in run_.network.named_parameters()}
+    weights = {}
+    for name, parameter in run_.network.named_parameters():
+        weights[name] = parameter.full_tensor().detach().clone()
+    return weights
 
 
-def update_gradient(run_, examples, monkeypatch) -> tuple[dict, torch.Tensor]:
-    """A step's metrics, and the gradient it handed to the optimizer."""
-    kept = []
-    parameters = list(run_.network.parameters())
-    monkeypatch.setattr(run_.optimizer, "step", lambda: kept.extend(p.grad.full_tensor().flatten() for p in parameters))
-    metrics, _, _ = train.train_step(run_, examples)
-    return metrics, torch.cat(kept)
+def unchanged(run_, before: dict) -> bool:
+    return all(torch.equal(before[name], tensor) for name, tensor in state(run_).items())
 
 
-def answer_with(monkeypatch, run_, write):
+def step_gradient(run_, monkeypatch) -> tuple[dict, list, dict]:
+    """A step's metrics and records, and the gradient by parameter that AdamW was given."""
+    kept = {}
+
+    def keep():
+        for name, parameter in run_.network.named_parameters():
+            kept[name] = parameter.grad.full_tensor().clone()
+
+    monkeypatch.setattr(run_.optimizer, "step", keep)
+    metrics, _, groups = train.train_step(run_)
+    return metrics, groups, kept
+
+
+def answer_with(monkeypatch, processor, write):
     """Let the sampler return write(example, i) as rollout i of each prompt."""
-    def generate(network, examples, G, *rest, **seeds):
-        return [[model.Completion(run_.processor.label_ids(write(example, i)), None, True) for i in range(G)]
-                for example in examples]
+    def generate(network, examples, G, *rest, **more):
+        groups = []
+        for example in examples:
+            ids = [processor.label_ids(write(example, i)) for i in range(G)]
+            groups.append([model.Completion(row, torch.zeros(len(row)), True) for row in ids])
+        return groups
 
     monkeypatch.setattr(model, "generate", generate)
 
 
-# ---- Whole runs ------------------------------------------------------------------------------------------------------
+# ---- Whole runs ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["visurf", "rlvr", "sft"])
-def test_a_run_leaves_a_checkpoint_logs_and_a_gallery(tmp_path, capsys, method):
-    directory = run(tmp_path, "--method", method, "--eval_samples", "6")
+def test_a_run_leaves_a_checkpoint_logs_and_answers(tmp_path, capsys, method):
+    directory = run(tmp_path, "--method", method, "--eval_samples", "3")
     printed = capsys.readouterr().out
     metrics = records(directory)
     assert [m["step"] for m in metrics] == [1, 2]
     assert all(m["grad_norm"] > 0 for m in metrics)
     assert ("label_active" in metrics[0]) == (method == "visurf")
     assert ("reward/accuracy" in metrics[0]) == (method != "sft")
-    assert f"checkpoint   {directory / 'checkpoint-2'}" in printed and "held out" in printed
-    assert len(records(directory, "completions")) == 4
+    assert str(directory / "checkpoint-2") in printed and re.search("before +after", printed)
+    assert f"extras/report.py {directory}" in printed
+    assert len(records(directory, "completions")) == 2 and len(records(directory, "timing")) == 2
     texts = records(directory, "completions")[0]["texts"]
     assert len(texts) == {"visurf": 4, "rlvr": 3, "sft": 1}[method]
-    assert (directory / "gallery.png").stat().st_size > 10_000
+    for when in ("before", "after"):
+        assert len(json.loads((directory / f"{when}.json").read_text())["answers"]) == 3
     before = model.load_pretrained(TINY).state_dict()
-    after = weights(directory)
-    assert any(not torch.equal(before[name].bfloat16(), after[name].bfloat16()) for name in before)
+    after = model.load_pretrained(directory / "checkpoint-2").state_dict()
+    assert any(not torch.equal(before[name].bfloat16(), after[name]) for name in before)
 
 
 def test_python_train_py_as_a_user_types_it(tmp_path):
     command = [sys.executable, str(ROOT / "train.py"), *FAST, "--max_steps", "1"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "step    1/1 | reward" in result.stdout and (tmp_path / "runs/digits-visurf/checkpoint-1").is_dir()
+    assert re.search(r"step    1/1 .*reward", result.stdout)
+    assert (tmp_path / "runs/digits-visurf/checkpoint-1").is_dir()
+
+
+def test_tensorboard_shows_the_metrics(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    directory = run(tmp_path, "--tensorboard")
+    events = accumulator.EventAccumulator(str(directory / "tensorboard"))
+    events.Reload()
+    shown = [event.value for event in events.Scalars("reward")]
+    assert shown == pytest.approx([m["reward"] for m in records(directory)])
 
 
 SHARED = ROOT.parent / "shared" / "data"
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="../shared/data (real tokenizer, real images) is not here")
-@pytest.mark.parametrize("method", ["visurf", "rlvr", "sft"])
+@pytest.mark.skipif(not SHARED.exists(), reason="../shared/data (real tokenizer) is not here")
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
-def test_real_files(tmp_path, family, method, capsys):
-    """A hub-layout checkpoint with the real tokenizer, real images: train, evaluate, load in transformers."""
-    pytest.importorskip("pyarrow")
-    import transformers as hf
-
+def test_real_files(tmp_path, family):
+    """A hub-layout checkpoint with the real tokenizer, and Parquet: train, save, answer."""
+    pytest.importorskip("datasets")
     checkpoint = real_checkpoint(tmp_path / family, family)
-    directory = run(tmp_path, "--task", "grounding", "--model", checkpoint, "--method", method, "--image_size", "168",
-                    "--data", SHARED / "digits/digits_train.parquet", "--max_completion_length", "16",
+    directory = run(tmp_path, "--task", "grounding", "--model", checkpoint, "--image_size", "168",
+                    "--data", SHARED / "digits/digits_train.parquet", "--max_completion_length", 8,
+                    "--eval_data", SHARED / "digits/digits_test.parquet", "--eval_samples", 2,
                     "--learning_rate", "1e-3")
-    saved = directory / "checkpoint-2"
-    evaluate.main(["--task", "grounding", "--model", str(saved), "--data", str(SHARED / "digits/digits_test.parquet"),
-                   "--image_size", "168", "--limit", "4", "--max_completion_length", "16",
-                   "--output_dir", str(tmp_path / "eval")])
-    answers = json.loads((tmp_path / "eval/answers.json").read_text())["answers"]
-    assert answers[0]["label"][0]["bbox_2d"] == [52, 34, 93, 75] and answers[0]["size"] == [296, 168]  # original pixels
-
-    auto = hf.AutoModelForImageTextToText.from_pretrained(saved, dtype=torch.float32).eval()
-    ours = model.load_pretrained(saved)
-    processor, task = data.Processor.from_pretrained(saved), data.TASKS["grounding"]
-    sample = data.load_samples(SHARED / "digits/digits_test.parquet", task, "test", limit=1)[0]
-    example = processor.encode(sample, task, image_size=(168, 140))
-    with torch.no_grad():
-        logits = ours.logits(model.PromptBatch.from_prompts([example], ours.config))
-        expected = auto(input_ids=example.ids[None], pixel_values=example.pixels, image_grid_thw=example.grid_thw,
-                        mm_token_type_ids=(example.ids == ours.config.image_token_id).int()[None]).logits
-    assert (logits - expected).abs().max() < 1e-4
+    answers = json.loads((directory / "after.json").read_text())["answers"]
+    # In pixels of the original image.
+    assert answers[0]["label"][0]["bbox_2d"] == [52, 34, 93, 75]
+    assert answers[0]["size"] == [296, 168]
+    names = set(load_file(directory / "checkpoint-2" / "model.safetensors"))
+    assert names == set(load_file(checkpoint / "model.safetensors"))
 
 
 def real_checkpoint(directory: Path, family: str) -> Path:
-    """The real tokenizer and configs of a family, shrunk to a small network with random weights."""
+    """The real tokenizer and configs of a family, shrunk to a small network of random weights."""
+    import transformers
+
     shutil.copytree(SHARED / family, directory)
     for name in ("vocab.json", "merges.txt"):
-        shutil.copyfile(SHARED / "qwen2_vl" / name, directory / f"{name}")
+        shutil.copyfile(SHARED / "qwen2_vl" / name, directory / name)
     config = json.loads((SHARED / family / "config.json").read_text())
-    config |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-               "num_key_value_heads": 2}
+    config |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+               "num_attention_heads": 4, "num_key_value_heads": 2}
     config["rope_scaling"]["mrope_section"] = [2, 1, 1]
     if family == "qwen2_vl":
         config["vision_config"] |= {"depth": 2, "embed_dim": 32, "num_heads": 2, "hidden_size": 32}
     else:
-        config["vision_config"] |= {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48,
-                                    "out_hidden_size": 32, "fullatt_block_indexes": [1]}
-    (directory / "config.json").unlink()
+        config["vision_config"] |= {"depth": 2, "hidden_size": 32, "num_heads": 2,
+                                    "intermediate_size": 48, "out_hidden_size": 32,
+                                    "fullatt_block_indexes": [1]}
     (directory / "config.json").write_text(json.dumps(config))
     torch.manual_seed(0)
-    network = model.QwenVL(model.read_config(directory))
-    model.save_pretrained(network, directory / "weights", directory)
+    network = transformers.AutoModelForImageTextToText.from_config(model.read_config(directory))
+    network.save_pretrained(directory / "weights")
     shutil.move(directory / "weights" / "model.safetensors", directory / "model.safetensors")
     return directory
 
 
-# ---- Resume ----------------------------------------------------------------------------------------------------------
+# ---- Resume --------------------------------------------------------------------------------------
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
-    whole = run(tmp_path, "--max_steps", 4, "--num_iterations", 2, name="whole")
-    run(tmp_path, "--max_steps", 2, "--num_iterations", 2, name="parts")
-    parts = run(tmp_path, "--max_steps", 4, "--num_iterations", 2, "--resume", name="parts")
-    assert (whole / "metrics.jsonl").read_bytes() == (parts / "metrics.jsonl").read_bytes()
+    flags = "--micro_batch_size", 1
+    whole = run(tmp_path, "--max_steps", 4, *flags, name="whole")
+    run(tmp_path, "--max_steps", 2, *flags, name="parts")
+    parts = run(tmp_path, "--max_steps", 4, *flags, "--resume", name="parts")
+    for log in ("metrics.jsonl", "completions.jsonl"):
+        assert (whole / log).read_bytes() == (parts / log).read_bytes()
     assert len(records(parts, "timing")) == 4
-    names = [file.relative_to(whole) for file in (whole / "checkpoint-4").rglob("*.*")]
-    assert len(names) == 8
-    for name in names:
-        if name.parent.name == "training_state":  # the order of its header is not fixed
-            a, b = load_file(whole / name), load_file(parts / name)
-            assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a) and len(a) == 4 * 74
-        else:
-            assert (whole / name).read_bytes() == (parts / name).read_bytes(), name
-    assert [path.name for path in parts.glob("checkpoint-*")] == ["checkpoint-4"], "the one before is dropped"
+    a = json.loads((whole / "checkpoint-4" / "training_state.json").read_text())
+    b = json.loads((parts / "checkpoint-4" / "training_state.json").read_text())
+    assert a["votes"] == b["votes"] and a["prompts_seen"] == b["prompts_seen"] == 8
+    assert a["digests"].keys() == b["digests"].keys()
+    assert a["digests"]["model.safetensors"] == b["digests"]["model.safetensors"]
+    for file in (whole / "checkpoint-4" / "training_state").glob("*.safetensors"):
+        # The order of its header is not fixed.
+        x, y = load_file(file), load_file(parts / "checkpoint-4" / "training_state" / file.name)
+        assert x.keys() == y.keys() and all(torch.equal(x[key], y[key]) for key in x)
+        assert len(x) == 4 * len(load_file(TINY / "model.safetensors"))
+    assert checkpoints(parts) == ["checkpoint-4"], "the one before is dropped"
 
 
-def test_resume_forgets_steps_after_the_checkpoint_and_unfinished_ones(tmp_path):
-    """Killed after step 3 with a half-written checkpoint: step 3 is done again, once, from checkpoint-2."""
-    directory = run(tmp_path, "--eval_samples", 4)
+def test_resume_forgets_steps_after_the_checkpoint_and_unfinished_ones(tmp_path, capsys):
+    """Killed after step 3 with a half-written checkpoint: step 3 is done again, once."""
+    directory = run(tmp_path, "--eval_samples", 2)
     before = (directory / "before.json").read_text()
     with (directory / "metrics.jsonl").open("a") as log:
         log.write(json.dumps({"step": 3, "loss": 123}) + "\n" + '{"step": 2, "lo')
-    (directory / "unfinished").mkdir()
-    run(tmp_path, "--max_steps", 3, "--resume", "--eval_samples", 4, "--learning_rate", 1e-2)
-    assert (directory / "before.json").read_text() == before, "the run still knows what it started from"
-    assert [m["step"] for m in records(directory)] == [1, 2, 3] and records(directory)[2]["loss"] != 123
-    assert not (directory / "unfinished").exists()
+    (directory / "unfinished" / "training_state").mkdir(parents=True)
+    run(tmp_path, "--max_steps", 3, "--resume", "--eval_samples", 2, "--learning_rate", 1e-2)
+    assert (directory / "before.json").read_text() == before, "it still knows how it started"
+    assert [m["step"] for m in records(directory)] == [1, 2, 3]
+    assert records(directory)[2]["loss"] != 123
+    assert not list(directory.glob("unfinished*"))
 
 
-@pytest.mark.parametrize("damage", ["half a shard", "no shard", "half the counters", "other network"])
-def test_a_damaged_checkpoint_is_named(tmp_path, capsys, damage):
-    directory = run(tmp_path, "--max_steps", 1)
-    state = directory / "checkpoint-1" / "training_state"
-    [shard] = state.glob("*.safetensors")
-    counters = state.with_suffix(".json")
+def test_what_is_measured_after_training_is_never_called_before(tmp_path):
+    """Issue 14, 8: a run that started without evaluation is resumed with it."""
+    run(tmp_path, "--max_steps", 1)
+    directory = run(tmp_path, "--max_steps", 2, "--resume", "--eval_samples", 2)
+    assert (directory / "after.json").exists() and not (directory / "before.json").exists()
+
+
+@pytest.fixture(scope="module")
+def one_step(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("one"), "--max_steps", 1)
+
+
+@pytest.mark.parametrize("damage", ["half a shard", "no shard", "a bit of a shard", "zeros in a shard",
+                                    "a bit of the network"])
+def test_a_damaged_checkpoint_is_named(tmp_path, capsys, one_step, damage):
+    """Issue 14, 1: nothing is resumed from weights that are not the checkpoint's."""
+    shutil.copytree(one_step, tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    [shard] = (checkpoint / "training_state").glob("*.safetensors")
+    file = checkpoint / "model.safetensors" if "network" in damage else shard
+    content = bytearray(file.read_bytes())
+    middle = len(content) // 2
     if damage == "half a shard":
-        shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+        file.write_bytes(content[:middle])
     elif damage == "no shard":
-        shard.unlink()
-    elif damage == "half the counters":
-        counters.write_text(counters.read_text()[:20])
-    else:
-        tensors = load_file(shard)
-        save_file({name: tensor[:1] for name, tensor in tensors.items() if tensor.dim()}, shard)
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        run(tmp_path, "--max_steps", 2, "--resume")
-    printed = capsys.readouterr().err
-    assert stop.value.code == 2 and "checkpoint-1: cannot be continued from" in printed and "Traceback" not in printed
+        file.unlink()
+    elif damage.startswith("a bit"):
+        content[middle] ^= 1
+        file.write_bytes(content)
+    elif damage == "zeros in a shard":
+        content[middle : middle + 4096] = bytes(4096)
+        file.write_bytes(content)
+    line = expect_exit(tmp_path, capsys, "--max_steps", 2, "--resume")
+    assert str(checkpoint) in line and "damaged" in line
+    assert checkpoints(tmp_path / "run") == ["checkpoint-1"]
 
 
 def test_every_sample_once_an_epoch():
-    stream = train.data_order(7, 0, 21, seed=3)
-    assert [sorted(stream[i : i + 7]) for i in (0, 7, 14)] == [list(range(7))] * 3
-    assert stream[:7] != stream[7:14] and stream[5:11] == train.data_order(7, 5, 6, seed=3)
-    assert stream != train.data_order(7, 0, 21, seed=4)
-    assert len({train.mix_seeds(seed, place) for seed in range(50) for place in range(50)}) == 2500
+    run_ = make_run()
+    run_.samples = run_.samples[:7]
+    run_.processor = SimpleNamespace(encode=lambda sample: sample.id)
+    stream = [name for _, name in train.encode_share(run_, range(21))]
+    assert len({sample.id for sample in run_.samples}) == 7
+    for first in (0, 7, 14):
+        assert set(stream[first : first + 7]) == {sample.id for sample in run_.samples}
+    assert stream[:7] != stream[7:14]
+    assert [name for _, name in train.encode_share(run_, range(5, 11))] == stream[5:11]
+    run_.settings.seed = 4
+    assert [name for _, name in train.encode_share(run_, range(21))] != stream
 
 
-# ---- One step --------------------------------------------------------------------------------------------------------
+# ---- One step ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["visurf", "rlvr", "sft"])
+def test_the_gradient_is_equation_9_by_hand(monkeypatch, method):
+    """Plain autograd through transformers' network, row by row: sum of A * log-prob / tokens."""
+    import transformers
+
+    run_ = make_run("--method", method, "--micro_batch_size", 1, "--temperature", 1,
+                    "--max_grad_norm", 1e9, "--batch_size", 4, "--num_generations", 4)
+    _, groups, found = step_gradient(run_, monkeypatch)
+    batch = train.encode_share(run_, range(4))
+    plain = transformers.AutoModelForImageTextToText.from_pretrained(TINY, dtype=torch.float32)
+    forbidden = run_.network.forbidden_tokens
+    tokens = sum(sum(group["lengths"]) for group in groups)
+    total = 0
+    for (_, example), group in zip(batch, groups):
+        for text, A in zip(group["texts"], group["advantages"]):
+            ids = run_.processor.label_ids(text)
+            row = torch.cat([example.ids, ids])
+            logits = plain(input_ids=row[None], pixel_values=example.pixels,
+                           image_grid_thw=example.grid_thw,
+                           mm_token_type_ids=(row == plain.config.image_token_id).int()[None])
+            logits = logits.logits[0, len(example.ids) - 1 : -1]
+            allowed = torch.ones(logits.shape[-1], dtype=torch.bool)
+            allowed[forbidden] = False
+            logits = logits.where(allowed, -torch.inf)
+            total -= A * logits.log_softmax(-1).gather(-1, ids[:, None]).sum() / tokens
+    total.backward()
+    expected = {f"vlm.{name}": parameter.grad for name, parameter in plain.named_parameters()}
+    difference = math.sqrt(sum((found[name] - expected[name]).norm() ** 2 for name in expected))
+    size = math.sqrt(sum(expected[name].norm() ** 2 for name in expected))
+    assert size > 0 and difference < 1e-4 * size
+
 
 STYLES = {"compact": '[{{"bbox_2d":[{0},{1},{2},{3}],"point_2d":[{4},{5}]}}]',
-          "spaces": '[ {{ "bbox_2d" : [ {0} , {1} , {2} , {3} ] , "point_2d" : [ {4} , {5} ] }} ]',
-          "indented": '\n[\n  {{\n    "bbox_2d": [{0}, {1}, {2}, {3}],\n    "point_2d": [{4}, {5}]\n  }}\n]\n'}
+          "spaced": '[{{"bbox_2d": [{0}, {1}, {2}, {3}], "point_2d": [{4}, {5}]}}]',
+          "tight lists": '[{{"bbox_2d": [{0},{1},{2},{3}], "point_2d": [{4},{5}]}}]'}
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_the_injected_label_follows_the_majority_style(tmp_path, monkeypatch, style):
-    """Two of three rollouts write one style: the label does too, means the same objects, and the log shows it."""
-    run_, examples = start(tmp_path)
+def test_the_injected_label_follows_the_majority_style(monkeypatch, style):
+    """Control 1: two of three rollouts write one style, so the label does, with its own objects."""
+    run_ = make_run()
+    run_.samples = [sample for sample in run_.samples if sample.label][:2]
     other = next(name for name in STYLES if name != style)
-    write = lambda example, i: (
-        f"<think>it is there</think><answer>{STYLES[style if i < 2 else other].format(1, 2, 30, 40, 5, 6)}</answer>")
-    answer_with(monkeypatch, run_, write)
-    metrics, _, groups = train.train_step(run_, examples)
-    assert metrics["style"] == "<answer>" + STYLES[style].format(1, 2, 3, 4, 2, 3) + "</answer>"
-    for group, example in zip(groups, examples):
-        label = group["texts"][-1]
-        assert rewards.parse_answer(label) == example.objects
-        if example.objects:
-            found = example.objects[0]
-            assert label == f"<answer>{STYLES[style].format(*found['bbox_2d'], *found['point_2d'])}</answer>"
-        assert group["lengths"][-1] == len(run_.processor.label_ids(label))
-    run_.config.align_label = False
-    _, _, groups = train.train_step(run_, examples)
-    assert groups[0]["texts"][-1] == examples[0].written_label()
+
+    def write(example, i):
+        answer = STYLES[style if i < 2 else other].format(1, 2, 30, 40, 5, 6)
+        return f"<think>it is there</think><answer>{answer}</answer>"
+
+    answer_with(monkeypatch, run_.processor, write)
+    _, _, groups = train.train_step(run_)
+    assert visurf.preferred_style(run_.votes) == style and run_.votes == {style: 4, other: 2}
+    batch = train.encode_share(run_, range(2))
+    for group, (_, example) in zip(groups, batch):
+        found = example.label[0]
+        answer = STYLES[style].format(*found["bbox_2d"], *found["point_2d"])
+        assert group["texts"][-1] == f"<answer>{answer}</answer>"
+        assert group["lengths"][-1] == len(run_.processor.label_ids(group["texts"][-1]))
+    run_.settings.align_label = False
+    batch = train.encode_share(run_, range(2, 4))
+    _, _, groups = train.train_step(run_)
+    assert [group["texts"][-1] for group in groups] == [e.written_label() for _, e in batch]
 
 
-def test_the_controls_reach_the_advantages(tmp_path, monkeypatch):
-    """A perfect, thinking rollout earns 7, the label 6, or 7 with thinking credited; smoothing switches it off."""
-    run_, examples = start(tmp_path)
-    perfect = lambda example: "<think>I see it</think>" + data.label_text(example.objects, {})
-    answer_with(monkeypatch, run_, lambda example, i: perfect(example) if i == 0 else "nothing")
-    metrics = train.train_step(run_, examples)[0]
-    assert metrics["label_active"] == 0 and metrics["label_advantage"] == pytest.approx(0, abs=1e-9)
-    assert metrics["label_reward"] == 6
-    run_.config.smooth_label_reward = False
-    metrics = train.train_step(run_, examples)[0]
-    assert metrics["label_active"] == 1 and metrics["label_advantage"] > 0.5
-    run_.config.drop_thinking_reward = False
-    assert train.train_step(run_, examples)[0]["label_reward"] == 7
+def test_sft_writes_labels_as_the_network_answers(tmp_path, monkeypatch):
+    """Without rollouts, greedy answers to the first questions vote; here they are indented."""
+    greedy = []
+    generate = model.generate
+
+    def generate_indented(network, examples, N, length, temperature, seeds):
+        greedy.append((N, temperature, len(examples)))
+        completions = generate(network, examples, N, length, temperature, seeds)
+        answer = visurf.align_label([{"bbox_2d": [1, 2, 3, 4]}], "indented")
+        ids = processor.label_ids(answer)
+        return [[completion._replace(ids=ids)] for [completion] in completions]
+
+    task = data.TASKS["digits"]
+    processor = data.Processor.from_pretrained(TINY, task)
+    monkeypatch.setattr(model, "generate", generate_indented)
+    monkeypatch.setattr(data.Processor, "decode",
+                        lambda self, ids: visurf.align_label([{"bbox_2d": [1, 2, 3, 4]}], "indented"))
+    directory = run(tmp_path, "--method", "sft")
+    assert greedy == [(1, 0, 32)]
+    for record in records(directory, "completions"):
+        [text] = record["texts"]
+        _, answer = rewards.split_completion(text)
+        assert visurf.style_of(answer) in ("indented", None)
+        assert answer == "[]" or answer.startswith("[\n  {")
 
 
-@pytest.mark.parametrize("flags", [[], ["--method", "sft"], ["--average", "sequence", "--ratio", "sequence"]])
-def test_micro_batches_do_not_change_the_step(tmp_path, monkeypatch, flags):
+def test_the_controls_reach_the_advantages(monkeypatch):
+    """A perfect, thinking rollout earns 7, the label 6: controls 2 and 3 decide its advantage."""
+    run_ = make_run()
+
+    def write(example, i):
+        text = visurf.align_label(example.label, "spaced")
+        return f"<think>I see it</think>{text}" if i == 0 else "nothing"
+
+    answer_with(monkeypatch, run_.processor, write)
+    metrics, _, groups = train.train_step(run_)
+    assert metrics["label_active"] == 0 and metrics["label_advantage"] == 0
+    assert [sum(parts.values()) for parts in groups[0]["rewards"]] == [7, 1, 1, 6]
+    run_.settings.smooth_label_reward = False
+    _, _, groups = train.train_step(run_)
+    expected = visurf.group_advantages(torch.tensor([7.0, 1, 1, 6], dtype=torch.float64))
+    assert groups[0]["advantages"] == pytest.approx(expected.tolist())
+    run_.settings.drop_thinking_reward = False
+    _, _, groups = train.train_step(run_)
+    expected = visurf.group_advantages(torch.tensor([7.0, 1, 1, 7], dtype=torch.float64))
+    assert groups[0]["advantages"] == pytest.approx(expected.tolist())
+
+
+@pytest.mark.parametrize("flags", [[], ["--method", "sft"]])
+def test_micro_batches_do_not_change_the_step(monkeypatch, flags):
     results = []
     for size in (1, 2, 4):
-        run_, examples = start(tmp_path, "--batch_size", 4, "--micro_batch_size", size, *flags)
-        metrics, gradient = update_gradient(run_, examples, monkeypatch)
+        run_ = make_run("--batch_size", 4, "--micro_batch_size", size, *flags)
+        metrics, _, gradient = step_gradient(run_, monkeypatch)
+        gradient = torch.cat([part.flatten() for part in gradient.values()])
         results.append((metrics["loss"], metrics["grad_norm"], gradient))
     for loss, norm, gradient in results[1:]:
-        assert loss == pytest.approx(results[0][0], abs=1e-6) and norm == pytest.approx(results[0][1], rel=1e-5)
+        assert loss == pytest.approx(results[0][0], abs=1e-6)
+        assert norm == pytest.approx(results[0][1], rel=1e-5)
         assert (gradient - results[0][2]).norm() < 1e-5 * gradient.norm()
 
 
 @pytest.mark.parametrize("flags, passes", [
-    ([], [True]), (["--method", "sft"], [True]), (["--method", "rlvr"], [True]),
-    (["--average", "sequence", "--ratio", "sequence"], [True]),
-    (["--num_iterations", 2], [False, True, False, True])])  # old log-probs, a known gradient, then an unknown one
-def test_the_head_runs_once_while_the_gradient_is_known(tmp_path, monkeypatch, flags, passes):
-    """Each pass through the output head, and whether it computes gradients."""
-    run_, examples = start(tmp_path, "--batch_size", 2, "--micro_batch_size", 2, "--learning_rate", 1e-3, *flags)
-    calls, run = [], train.model.log_probs_by_chunk
-    monkeypatch.setattr(train.model, "log_probs_by_chunk", lambda *args, grad=None: calls.append(grad is not None)
-                        or run(*args, grad=grad))
-    train.train_step(run_, examples)
+    ([], [True]), (["--method", "sft"], [True]), (["--method", "rlvr"], [True])])
+def test_the_head_runs_once_while_the_gradient_is_known(monkeypatch, flags, passes):
+    """Each pass through the output head in training, and whether it computes gradients."""
+    run_ = make_run("--batch_size", 2, "--micro_batch_size", 2, "--learning_rate", 1e-3, *flags)
+    calls = []
+    log_probs = model.log_probs_by_chunk
+
+    def note(*args, **kwargs):
+        result = log_probs(*args, **kwargs)
+        calls.append(result[1] is not None)
+        return result
+
+    monkeypatch.setattr(model, "log_probs_by_chunk", note)
+    train.train_step(run_)
     assert calls == passes
 
 
-def test_the_seed_and_the_place_in_the_run_decide_the_rollouts(tmp_path):
-    run_, examples = start(tmp_path)
-    sample = lambda: [c.ids.tolist() for group in train.sample_rollouts(run_, [examples[0]] * 2) for c in group]
-    first = sample()
-    assert first == sample() and first[:3] != first[3:], "two prompts of a step draw differently"
-    run_.prompts_seen = 2
-    assert sample() != first
-    run_.prompts_seen, run_.config.seed = 0, 1
-    assert sample() != first
+def test_the_seed_and_the_place_in_the_run_decide_the_rollouts():
+    run_ = make_run()
+    [(_, example)] = train.encode_share(run_, range(1))
+
+    def sample(*places):
+        groups = train.sample(run_, [(place, example) for place in places], 3, 1.0)
+        return [group.texts for group in groups]
+
+    first, second = sample(0, 1)
+    assert first != second, "two prompts of a step draw differently"
+    assert sample(1) == [second], "whatever else is in the batch"
+    run_.settings.seed = 1
+    assert first not in sample(0, 1)
 
 
-def test_more_iterations_leave_the_sampling_policy_behind(tmp_path):
-    one, examples = start(tmp_path, "--learning_rate", 1e-3)
-    several, _ = start(tmp_path, "--learning_rate", 1e-3, "--num_iterations", 3)
-    assert train.train_step(one, examples)[0]["kl"] == 0
-    assert train.train_step(several, examples)[0]["kl"] > 0
-
-
-def test_the_kl_to_the_reference_counts_rollouts_and_not_the_label():
-    """Without advantages the loss is beta times the mean of exp(d) - d - 1, d = log reference - log policy."""
-    generator = torch.Generator().manual_seed(0)
-    policy, reference = (-torch.rand(1, 3, 4, generator=generator) for _ in range(2))
-    policy.requires_grad_()
-    mask, A = torch.ones(1, 3, 4, dtype=torch.bool), torch.zeros(1, 3)
-    mask[0, 1, 3] = False
-    for method, members in (("rlvr", 3), ("visurf", 2)):
-        config = train.Config(method=method, beta=0.3)
-        expected = sum(math.exp(d) - d - 1 for i in range(members) for j in range(4) if mask[0, i, j]
-                       for d in [(reference - policy.detach())[0, i, j].item()])
-        policy.grad = None
-        loss, stats = train.loss_of(config, policy, policy.detach(), reference, A, mask, 11)
-        loss.backward()
-        assert loss.item() == pytest.approx(0.3 * expected / 11, rel=1e-5)
-        assert stats["reference_kl"].item() == pytest.approx(expected / 11, rel=1e-5)
-        assert bool(policy.grad[0, 2].any()) == (method == "rlvr")
-
-
-def test_the_reference_pulls_back_where_no_group_has_a_signal(tmp_path, monkeypatch):
-    """The first step leaves it; in the second, rewards say nothing, and the KL alone moves the weights."""
-    run_, examples = start(tmp_path, "--beta", 1, "--learning_rate", 1e-3)
-    assert train.train_step(run_, examples)[0]["reference_kl"] == 0
-    answer_with(monkeypatch, run_, lambda example, i: "the same for all")
-    run_.config.method = "rlvr"
-    metrics, gradient = update_gradient(run_, examples, monkeypatch)
-    assert metrics["no_signal"] == 1 and metrics["reference_kl"] > 0 and gradient.norm() > 0
-    assert metrics["loss"] == pytest.approx(metrics["reference_kl"], rel=1e-4)
-
-
-def test_an_update_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch):
-    run_, examples = start(tmp_path)
+def test_an_update_that_is_not_finite_is_skipped_and_counted(monkeypatch):
+    run_ = make_run()
     before = state(run_)
-    good = train.visurf.policy_loss
-    monkeypatch.setattr(train.visurf, "policy_loss", lambda *a, **k: (good(*a, **k)[0] * float("nan"), {}))
-    metrics, _, _ = train.train_step(run_, examples)
-    assert run_.not_finite == metrics["not_finite"] == 1
-    assert all(torch.equal(before[name], tensor) for name, tensor in state(run_).items())
+    good = visurf.policy_loss
+
+    def bad(*args, **more):
+        loss, stats = good(*args, **more)
+        return loss + math.nan, stats
+
+    monkeypatch.setattr(visurf, "policy_loss", bad)
+    metrics, _, _ = train.train_step(run_)
+    assert run_.not_finite == metrics["not_finite"] == 1 and unchanged(run_, before)
+    monkeypatch.undo()
+    metrics, _, _ = train.train_step(run_)
+    assert metrics["not_finite"] == 1 and run_.not_finite_in_a_row == 0
+    assert not unchanged(run_, before)
 
 
-def test_a_batch_without_signal_changes_nothing(tmp_path, monkeypatch):
-    run_, examples = start(tmp_path, "--method", "rlvr", "--learning_rate", 1e-2)
-    answer_with(monkeypatch, run_, lambda example, i: "the same for all")
+def test_a_batch_without_signal_changes_nothing(monkeypatch):
+    run_ = make_run("--method", "rlvr", "--learning_rate", 1e-2)
+    answer_with(monkeypatch, run_.processor, lambda example, i: "the same for all")
     before = state(run_)
-    metrics, _, _ = train.train_step(run_, examples)
-    assert metrics["no_signal"] == 1 and metrics["grad_norm"] == 0
-    assert all(torch.equal(before[name], tensor) for name, tensor in state(run_).items())
+    metrics, _, _ = train.train_step(run_)
+    assert metrics["no_signal"] == 1 and metrics["grad_norm"] == 0 and unchanged(run_, before)
 
 
-# ---- Users' mistakes -------------------------------------------------------------------------------------------------
+def test_weights_that_explode_end_the_run_and_are_not_kept(tmp_path, capsys):
+    """Issue 14, 6: --learning_rate 1e20 makes log-probs that are not finite. The good checkpoint
+    stays the last one, and --resume goes on from it."""
+    run(tmp_path, "--max_steps", 1)
+    line = expect_exit(tmp_path, capsys, "--max_steps", 30, "--save_steps", 5, "--resume",
+                       "--learning_rate", "1e20")
+    assert "--learning_rate" in line and "not finite" in line
+    assert checkpoints(tmp_path / "run") == ["checkpoint-1"]
+    assert records(tmp_path / "run")[-1]["loss"] is None
+    run(tmp_path, "--max_steps", 2, "--resume")
+    assert checkpoints(tmp_path / "run") == ["checkpoint-2"]
+
+
+# ---- Users' mistakes -----------------------------------------------------------------------------
 
 
 def grounding_file(tmp_path, **changes) -> Path:
-    """A JSON-lines file with one good row, and one with `changes`; None removes a column."""
+    """JSON lines with one good row, and one with `changes`; None removes a column."""
     from PIL import Image
 
     Image.new("RGB", (60, 40)).save(tmp_path / "image.png")
@@ -376,125 +493,173 @@ def grounding_file(tmp_path, **changes) -> Path:
     (["--task", "painting"], "invalid choice: 'painting'"),
     (["--method", "dpo"], "invalid choice: 'dpo'"),
     (["--method", "rlvr", "--num_generations", "1"], "--num_generations 1"),
-    (["--batch_size", "0"], "--batch_size must be"),
-    (["--temperature", "nan"], "--temperature must be"),
-    (["--resume", "--overwrite"], "give one of them"),
+    (["--batch_size", "0"], "--batch_size"),
+    (["--temperature", "nan"], "--temperature"),
+    (["--max_completion_length", "999999999"], "--max_completion_length"),
+    (["--image_size", "40000"], "--image_size"),
     (["--model", "no/such/directory"], "no/such/directory"),
-    (["--model", "nobody/nothing"], "nobody/nothing"),
     (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
     (["--max_prompt_length", "20"], "--max_prompt_length 20"),
 ])
-def test_a_mistake_in_a_flag_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, flags, message):
-    expect_mistake(tmp_path, capsys, monkeypatch, flags, message)
-
-
-@pytest.mark.parametrize("changes, message", [
-    ({"image": None}, "row 2: no 'image'"),
-    ({"image": "absent.png"}, "absent.png"),
-    ({"image": "rows.jsonl"}, "unreadable image"),
-    ({"solution": '[{"bbox_2d": [1, 2, 3'}, "not JSON"),
-    ({"solution": '[{"bbox_2d": [30, 2, 1, 20]}]'}, "inside out"),
-    ({"solution": '[{"bbox_2d": [100, 2, 130, 20]}]'}, "outside"),
-    ({"problem": " "}, "empty"),
-])
-def test_a_bad_row_is_named_before_the_model_is_loaded(tmp_path, capsys, monkeypatch, changes, message):
-    file = grounding_file(tmp_path, **changes)
-    expect_mistake(tmp_path, capsys, monkeypatch, ["--data", str(file)], message)
-    assert "rows.jsonl, row 2" in capsys.last
-
-
-def expect_mistake(tmp_path, capsys, monkeypatch, flags, message):
-    monkeypatch.setattr(model, "load_pretrained", lambda *a, **k: pytest.fail("the model was loaded"))
-    with pytest.raises(SystemExit) as stop:
-        run(tmp_path, *flags)
-    printed = capsys.readouterr().err
-    capsys.last = printed
-    assert stop.value.code == 2 and message in printed
-    assert printed.count("\n") == 1 and printed.startswith("train.py: "), printed
+def test_a_mistake_in_a_flag_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, flags,
+                                                         message):
+    """Before anything is loaded, so that `--image_size 40000` costs no memory either."""
+    monkeypatch.setattr(model, "load_pretrained", lambda *a, **k: pytest.fail("it was loaded"))
+    assert message in expect_exit(tmp_path, capsys, *flags)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_bad_rows_can_be_skipped_and_are_counted(tmp_path, capsys):
-    file = grounding_file(tmp_path, solution='[{"bbox_2d": [50, 30, 70, 39]}]')  # overshoots: clipped
-    with file.open("a") as rows:
-        rows.write('{"problem": "x"}\n')
-    run(tmp_path, "--data", file, "--skip_bad_rows", "--max_steps", 1)
-    assert "2 samples (1 bad rows skipped, 1 boxes clipped)" in capsys.readouterr().out
+def test_tensorboard_is_asked_for_in_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "find_spec", lambda name: None)
+    assert "pip install tensorboard" in expect_exit(tmp_path, capsys, "--tensorboard")
 
 
-def test_empty_data_and_another_runs_directory(tmp_path, capsys, monkeypatch):
-    (tmp_path / "empty.jsonl").write_text("")
-    expect_mistake(tmp_path, capsys, monkeypatch, ["--data", str(tmp_path / "empty.jsonl")], "no usable rows")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text("{}")
-    expect_mistake(tmp_path, capsys, monkeypatch, [], "holds another run")
-    assert (tmp_path / "run" / "config.json").read_text() == "{}"
+def test_a_bad_row_is_named_before_the_model_is_loaded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(model, "load_pretrained", lambda *a, **k: pytest.fail("it was loaded"))
+    file = grounding_file(tmp_path, image="absent.png")
+    line = expect_exit(tmp_path, capsys, "--data", file)
+    assert "rows.jsonl, row 2" in line and "absent.png" in line
 
 
 def test_an_image_that_breaks_late_keeps_what_was_learnt(tmp_path, capsys):
-    """Its header is fine, so it is found when it is needed: the run ends with one line, after saving."""
+    """Its header is fine, so it is found when it is needed: one line, after saving. Skipped and
+    counted with --skip_bad_rows, in training and in an evaluation."""
     file = grounding_file(tmp_path, image="broken.png")
-    with pytest.raises(SystemExit) as stop:
-        run(tmp_path, "--data", file, "--batch_size", 1, "--max_steps", 9)
-    assert stop.value.code == 2 and "row 2" in capsys.readouterr().err
-    assert checkpoints.last_checkpoint(tmp_path / "run")
+    flags = "--data", file, "--batch_size", 1, "--max_steps", 6
+    line = expect_exit(tmp_path, capsys, *flags)
+    assert "rows.jsonl, row 2" in line and "--skip_bad_rows" in line
+    done = len(records(tmp_path / "run"))
+    assert checkpoints(tmp_path / "run") == [f"checkpoint-{done}"] * bool(done)
+
+    directory = run(tmp_path, *flags, "--skip_bad_rows", "--eval_data", file, "--eval_samples", 2,
+                    name="skipping")
+    assert len(records(directory)) == 6
+    assert records(directory)[-1]["skipped_rows"] == 3
+    assert len(json.loads((directory / "after.json").read_text())["answers"]) == 1
+    resumed = [m["skipped_rows"] for m in records(directory)]
+    run(tmp_path, *flags, "--skip_bad_rows", "--max_steps", 8, "--resume", name="skipping")
+    counts = [m["skipped_rows"] for m in records(directory)]
+    assert counts[:6] == resumed and counts[-1] == 4
 
 
-def test_a_run_that_cannot_start_deletes_nothing(tmp_path, capsys):
-    """A damaged checkpoint with --overwrite: one line, and the old run is still there; nor is a new directory taken."""
-    directory = run(tmp_path, "--max_steps", 1)
-    shutil.copytree(TINY, tmp_path / "damaged")
-    (tmp_path / "damaged" / "model.safetensors").write_bytes(b"nothing")
-    for name in ("run", "new"):
-        with pytest.raises(SystemExit) as stop:
-            run(tmp_path, "--overwrite", "--model", tmp_path / "damaged", name=name)
-        assert stop.value.code == 2 and "damaged or not a safetensors file" in capsys.readouterr().err
-    assert checkpoints.last_checkpoint(directory) and len(records(directory)) == 1
-    run(tmp_path, "--max_steps", 1, name="new")
+def test_an_evaluation_that_fails_between_steps_loses_no_step(tmp_path, capsys):
+    file = grounding_file(tmp_path, image="broken.png")
+    flags = "--eval_data", file, "--eval_samples", 2, "--eval_steps", 2, "--max_steps", 3
+    monkey = pytest.MonkeyPatch()
+    good = train.evaluate_held_out
+    monkey.setattr(train, "evaluate_held_out",
+                   lambda run_, name: None if name == "before" else good(run_, name))
+    line = expect_exit(tmp_path, capsys, *flags)
+    monkey.undo()
+    assert "rows.jsonl, row 2" in line and checkpoints(tmp_path / "run") == ["checkpoint-2"]
 
 
-def test_an_unwritable_directory_is_named(tmp_path, capsys, monkeypatch):
+def test_an_unwritable_directory_is_named(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    expect_mistake(tmp_path, capsys, monkeypatch, ["--output_dir", str(tmp_path / "file" / "run")], "not writable")
+    assert "file" in expect_exit(tmp_path, capsys, name="file/run")
 
 
-def test_a_network_that_does_not_fit_is_told_before_anything_is_loaded(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(processes.os, "sysconf", lambda name: 2048)  # 4 MB in all
-    expect_mistake(tmp_path, capsys, monkeypatch, [], "before any activation, and there are 0 GB")
-
-
-@pytest.mark.parametrize("flags", [[], ["--max_steps", "3", "--resume", "--save_steps", "1"]])
-def test_a_disk_without_room_for_a_checkpoint(tmp_path, capsys, monkeypatch, flags):
-    """Said before a run begins; in a resumed one the disk fills up later, and the last checkpoint stays."""
-    directory = run(tmp_path, "--max_steps", 1) if flags else tmp_path / "run"
-    capsys.readouterr()
-    free = [10**9, 10**6] if flags else [10**6]
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free.pop(0)))
-    with pytest.raises(SystemExit) as stop:
-        run(tmp_path, *flags)
-    assert stop.value.code == 2 and capsys.readouterr().err.count("the disk has 0.00 GB left") == 1
-    assert [path.name for path in directory.glob("*-*")] == ["checkpoint-1"] * bool(flags)
+def test_a_network_that_does_not_fit_is_told_before_it_is_loaded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train.os, "sysconf", lambda name: 2048)
+    monkeypatch.setattr(model, "load_pretrained", lambda *a, **k: pytest.fail("it was loaded"))
+    assert "and there are 0 GB" in expect_exit(tmp_path, capsys)
 
 
 def test_a_log_that_the_disk_does_not_take(tmp_path, capsys, monkeypatch):
-    """Writing to /dev/full fails as on a full disk: one line that names the log."""
-    monkeypatch.setattr(checkpoints, "open_log", lambda path, step: open("/dev/full", "w"))
-    with pytest.raises(SystemExit) as stop:
-        run(tmp_path)
-    assert stop.value.code == 2 and "/dev/full: not written (No space left on device)" in capsys.readouterr().err
+    """A full disk at the second step's log: one line that names the file, and both steps are saved."""
+    log_step = train.log_step
+
+    def fill(run_, *args):
+        if run_.step == 2:
+            raise OSError(28, "No space left on device", "metrics.jsonl")
+        log_step(run_, *args)
+
+    monkeypatch.setattr(train, "log_step", fill)
+    line = expect_exit(tmp_path, capsys, "--max_steps", 3)
+    assert "No space left on device" in line and "metrics.jsonl" in line
+    assert checkpoints(tmp_path / "run") == ["checkpoint-2"]
 
 
-def test_resuming_another_kind_of_run_is_a_mistake(tmp_path, capsys):
-    run(tmp_path, "--max_steps", 1)
-    for flags, message in ((["--method", "sft"], "holds a run with --method 'visurf'"), (["--seed", 3], "--seed 0")):
-        with pytest.raises(SystemExit) as stop:
-            run(tmp_path, "--resume", *flags)
-        assert stop.value.code == 2 and message in capsys.readouterr().err
+def test_resuming_another_kind_of_run_is_a_mistake(tmp_path, capsys, one_step):
+    shutil.copytree(one_step, tmp_path / "run")
+    line = expect_exit(tmp_path, capsys, "--resume", "--method", "sft")
+    assert "holds a run with --method 'visurf'" in line
+    assert "--seed 0" in expect_exit(tmp_path, capsys, "--resume", "--seed", 3)
 
 
-def test_overwrite_replaces_a_run(tmp_path):
-    (run(tmp_path, "--max_steps", 2) / "notes.txt").write_text("mine")
-    directory = run(tmp_path, "--max_steps", 1, "--overwrite")
-    assert [m["step"] for m in records(directory)] == [1]
-    assert [path.name for path in directory.glob("checkpoint-*")] == ["checkpoint-1"]
-    assert (directory / "notes.txt").read_text() == "mine", "only what a run writes is removed"
+# ---- The directory is somebody's -----------------------------------------------------------------
+
+
+def test_checkpoints_of_others_are_left_alone(tmp_path, one_step):
+    """Issue 14, 2: names that only look like checkpoints, links, and an older run's checkpoints
+    neither count, nor are deleted, nor end a save or a resume."""
+    directory = tmp_path / "run"
+    directory.mkdir()
+    shutil.copytree(one_step / "checkpoint-1", tmp_path / "elsewhere")
+    for name in ("checkpoint-900-best", "checkpoint-2.bak", "checkpoint-5x"):
+        shutil.copytree(one_step / "checkpoint-1", directory / name)
+    (directory / "checkpoint-901").symlink_to(tmp_path / "elsewhere")
+    (directory / "checkpoint-902").write_text("a file")
+    (directory / "checkpoint-903").mkdir()
+    others = checkpoints(directory)
+    run(tmp_path, "--max_steps", 2, "--save_steps", 1)
+    assert checkpoints(directory) == sorted([*others, "checkpoint-2"])
+    run(tmp_path, "--max_steps", 3, "--resume")
+    assert checkpoints(directory) == sorted([*others, "checkpoint-3"])
+    assert [m["step"] for m in records(directory)] == [1, 2, 3]
+
+
+def test_two_runs_in_one_directory(tmp_path, capsys, one_step):
+    """Issue 14, 4: a lock is held while a run lives, whatever becomes of torchrun."""
+    shutil.copytree(one_step, tmp_path / "run")
+    with (tmp_path / "run" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for flags in (["--resume"], []):
+            assert "another run is at work" in expect_exit(tmp_path, capsys, *flags)
+    run(tmp_path, "--max_steps", 2, "--resume")
+
+
+# ---- Signals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number, when", [
+    (signal.SIGTERM, "before"), (signal.SIGTERM, "sample"), (signal.SIGTERM, "update"),
+    (signal.SIGHUP, "save"), (signal.SIGINT, "after")])
+def test_a_signal_at_any_time_saves_and_leaves(tmp_path, capsys, monkeypatch, number, when):
+    """Issue 14, 7: while evaluating, in the last update, in the final save, before the first step."""
+    sent = []
+
+    def send_before(name, first_argument=None):
+        function = getattr(train, name)
+
+        def wrapped(*args, **kwargs):
+            if (first_argument is None or first_argument in args) and not sent:
+                sent.append(number)
+                os.kill(os.getpid(), number)
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(train, name, wrapped)
+
+    if when in ("before", "after"):
+        send_before("evaluate_held_out", when)
+    else:
+        send_before(when)
+    line = expect_exit(tmp_path, capsys, "--max_steps", 1, "--eval_samples", 2, code=128 + number)
+    assert line == f"train.py: stopped by {signal.Signals(number).name}; --resume continues"
+    monkeypatch.undo()
+    directory = tmp_path / "run"
+    done = 0 if when in ("before", "sample") else 1
+    assert checkpoints(directory) == ["checkpoint-1"][:done]
+    assert len(records(directory)) == done and not (directory / "after.json").exists()
+    run(tmp_path, "--max_steps", 1, "--eval_samples", 2, "--resume")
+    assert (directory / "after.json").exists() and (directory / "before.json").exists()
+
+
+def test_a_run_under_nohup_outlives_its_terminal(tmp_path):
+    """nohup has SIGHUP ignored, and the run must not start to listen to it."""
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        run(tmp_path, "--max_steps", 1)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, previous)
