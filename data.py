@@ -71,7 +71,7 @@ class Task:
     data: str = ""                # default data for training; "" if there is none
     eval_data: str = ""
     columns: tuple = ("solution", "bbox")     # the label is in the first that a row has
-    metrics: tuple = ("accuracy", "gIoU", "cIoU", "N-Acc")     # see eval.py; the main one first
+    metrics: tuple = ("accuracy", "one_to_one", "gIoU", "cIoU", "N-Acc")     # the main one first
     image_size: tuple | None = (840, 840)     # every image is resized to this; None: keep its shape
     thresholds: rewards.Thresholds = rewards.Thresholds()
     recipe: dict = field(default_factory=dict)        # where train.py's defaults do not suit
@@ -414,8 +414,13 @@ class Processor:
 
     def decode(self, ids) -> str:
         """The text of a completion up to its end token."""
-        text = self.tokenizer.decode(torch.as_tensor(ids), clean_up_tokenization_spaces=False)
-        return re.split(r"<\|(?:im_end|endoftext)\|>", text)[0]
+        ids = torch.as_tensor(ids).tolist()
+        for token in ("<|im_end|>", "<|endoftext|>"):
+            # By its id: spelt out in ordinary tokens, it ends nothing.
+            end = self.tokenizer.convert_tokens_to_ids(token)
+            if end in ids:
+                ids = ids[: ids.index(end)]
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
     def score(self, completion: str, example: Example) -> dict[str, float]:
         """The reward components of a completion: see rewards.py."""

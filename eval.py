@@ -44,10 +44,10 @@ class Settings:
     data: str = option("", "file, folder or hub id, if not the task's evaluation data")
     split: str = option("test", "of the data", choices=("train", "validation", "test"))
     limit: int = option(0, "only the first so many samples, 0: all")
-    batch_size: int = option(32, "prompts answered at a time", low=1)
+    eval_batch_size: int = option(32, "prompts answered at a time", low=1)
     max_completion_length: int = option(512, "longest answer in tokens", low=1, high=32768)
     think: bool = option(True, "ask for reasoning before the answer")
-    image_size: int = option(0, "squash images to squares of this side, if not the task's")
+    image_size: int = option(0, "side of the squares images become, if not the task's", high=8192)
     max_pixels: int = option(0, "keep the shape of images, with at most so many pixels")
     skip_bad_rows: bool = option(False, "leave out rows that cannot be used, and count them")
     output_dir: str = option("", "of answers.json, if not runs/eval-TASK-MODEL")
@@ -78,7 +78,7 @@ def run(settings: Settings):
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     network = model.load_pretrained(checkpoint, dtype, device)
     results, bad_rows = evaluate(network, processor, samples, settings.max_completion_length,
-                                 settings.batch_size)
+                                 settings.eval_batch_size)
     content = {"settings": asdict(settings), "metrics": metrics(results, task), "answers": results}
     on_first_rank(write_text, answers, json.dumps(content, indent=1))
     if is_first():
@@ -104,7 +104,8 @@ def evaluate(network, processor, samples, max_new_tokens=512, batch_size=32, pro
     answered = []
     bad_rows = []
     places = share(range(len(samples)))
-    quiet = not (progress and is_first())
+    # None: a bar in a terminal only.
+    quiet = None if progress and is_first() else True
     for first in tqdm(range(0, len(places), batch_size), "evaluating", leave=False, disable=quiet):
         batch = []
         for place in places[first : first + batch_size]:
@@ -292,7 +293,11 @@ def run_program(program: str, function, *args):
         # Under torchrun, a failure is recorded, and all other processes are ended.
         record(function)(*args)
     except (data.DataError, model.CheckpointError, OSError) as error:
-        if is_first():
+        first = is_first()
+        if world()[1] > 1:
+            # Of several ranks that fail, the first one speaks.
+            first = dist.distributed_c10d._get_default_store().add("failures", 1) == 1
+        if first:
             print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

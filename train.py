@@ -65,14 +65,14 @@ class Settings:
     max_prompt_length: int = option(4096, "longest prompt in tokens; none is ever cut", low=1)
     max_completion_length: int = option(512, "longest rollout in tokens", low=1, high=32768)
     temperature: float = option(1.0, "of sampling and of log-probs", low=0.01)
-    learning_rate: float = option(1e-6, "of AdamW, constant")
+    learning_rate: float = option(1e-6, "of AdamW, constant", high=math.inf)
     weight_decay: float = option(0.01, "of AdamW")
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
     align_label: bool = option(True, "control 1: write the label in the rollouts' style")
     drop_thinking_reward: bool = option(True, "control 2: no thinking reward for the label")
     smooth_label_reward: bool = option(True, "control 3: no advantage for a label once reached")
     think: bool = option(True, "ask for reasoning before the answer")
-    image_size: int = option(0, "squash images to squares of this side, if not the task's")
+    image_size: int = option(0, "side of the squares images become, if not the task's", high=8192)
     max_pixels: int = option(0, "keep the shape of images, with at most so many pixels")
     skip_bad_rows: bool = option(False, "leave out rows that cannot be used, and count them")
     checkpoint_activations: bool = option(True, "compute activations twice to save memory")
@@ -205,6 +205,7 @@ class Group:
     texts: list = field(default_factory=list)
     rewards: list = field(default_factory=list)          # of each completion, by component
     truncated: int = 0                                   # rollouts that reached the length limit
+    finite: bool = True                                  # whether all sampled log-probs are
     advantages: torch.Tensor | None = None               # (N,) float64
 
     def record(self) -> dict:
@@ -220,7 +221,7 @@ def train_step(run: Run) -> tuple[dict, dict, list[dict]]:
     leave_if_asked()
     began = time.perf_counter()
     last = run.prompts_seen + settings.batch_size
-    batch = encode_share(run, range(run.prompts_seen, last))
+    batch, bad_rows = encode_share(run, range(run.prompts_seen, last))
     groups = [Group(example) for _, example in batch]
     if settings.method != "sft":
         groups = sample(run, batch, settings.num_generations, settings.temperature)
@@ -238,6 +239,7 @@ def train_step(run: Run) -> tuple[dict, dict, list[dict]]:
     values = update(run, groups)
     run.step += 1
     run.prompts_seen = last
+    run.skipped_rows += bad_rows
     timing = {"rollout_seconds": sampled - began, "update_seconds": time.perf_counter() - sampled}
     records = gather([group.record() for group in groups])
     if settings.method != "sft" and records:
@@ -257,8 +259,9 @@ def train_step(run: Run) -> tuple[dict, dict, list[dict]]:
     return values, timing, records
 
 
-def encode_share(run: Run, places: range) -> list[tuple[int, data.Example]]:
-    """This rank's share of some places in the endless stream of prompts: (place, example)."""
+def encode_share(run: Run, places: range) -> tuple[list[tuple[int, data.Example]], int]:
+    """This rank's share of some places in the endless stream of prompts, as (place, example), and
+    how many of all places have a bad row."""
     batch = []
     bad_rows = []
     for place in share(places):
@@ -269,10 +272,10 @@ def encode_share(run: Run, places: range) -> list[tuple[int, data.Example]]:
             batch.append((place, run.processor.encode(run.samples[order[index]])))
         except DataError as error:
             bad_rows.append(str(error))
-    for problem in gather(bad_rows):
+    bad_rows = gather(bad_rows)
+    for problem in bad_rows:
         require(run.settings.skip_bad_rows, f"{problem}; see --skip_bad_rows")
-        run.skipped_rows += 1
-    return batch
+    return batch, len(bad_rows)
 
 
 def sample(run: Run, batch, num_generations: int, temperature: float) -> list[Group]:
@@ -292,6 +295,7 @@ def sample(run: Run, batch, num_generations: int, temperature: float) -> list[Gr
             group.ids.append(completion.ids)
             group.texts.append(run.processor.decode(completion.ids))
             group.truncated += not completion.finished
+            group.finite &= bool(torch.isfinite(completion.logprobs).all())
     return groups
 
 
@@ -308,9 +312,8 @@ def vote_for_style(run: Run, texts: list[str]):
 
 def vote_by_greedy_answers(run: Run):
     """SFT has no rollouts: the network's own answers to 32 questions decide the label's style."""
-    batch = encode_share(run, range(min(32, len(run.samples))))
+    batch, _ = encode_share(run, range(min(32, len(run.samples))))
     vote_for_style(run, [group.texts[0] for group in sample(run, batch, 1, temperature=0)])
-    run.skipped_rows = 0               # training will meet these rows again
 
 
 def inject_label(run: Run, group: Group):
@@ -347,7 +350,8 @@ def update(run: Run, groups: list[Group]) -> dict:
     size = settings.micro_batch_size
     micro_batches = [useful[i : i + size] for i in range(0, len(useful), size)]
     tokens = sum(sum(map(len, group.ids)) for group in groups)
-    rounds, tokens = zip(*gather([(len(micro_batches), tokens)]))  # of each rank
+    finite = all(group.finite for group in groups)
+    rounds, tokens, finite = zip(*gather([(len(micro_batches), tokens, finite)]))  # of each rank
     # FSDP averages gradients over ranks, so each rank divides by its fair share of all tokens.
     total = sum(tokens) / dist.get_world_size()
     # Every exchange needs all ranks: one that has less to do computes a dummy.
@@ -377,7 +381,7 @@ def update(run: Run, groups: list[Group]) -> dict:
         norm = torch.nn.utils.clip_grad_norm_(run.network.parameters(), settings.max_grad_norm)
         norm = norm.full_tensor().item()
     # All ranks see the same sums, so they agree.
-    if math.isfinite(norm) and math.isfinite(mean_loss):
+    if all(finite) and math.isfinite(norm) and math.isfinite(mean_loss):
         run.optimizer.step()
         run.not_finite_in_a_row = 0
     else:
@@ -472,7 +476,11 @@ def save(run: Run):
     unfinished = run.directory / "unfinished"
     if run.step == 0 or on_first_rank(final.exists):
         return
+    # Weights may also be so large that nothing comes out of them: one token shows that.
+    with gathered(run) as network:
+        [[probe]] = model.generate(network, [run.dummy.example], 1, 1)
     finite = [bool(torch.isfinite(weight).all()) for weight in run.network.parameters()]
+    finite.append(bool(probe.logprobs.isfinite()))
     require(all(gather(finite)), f"step {run.step}: weights are not finite and not saved: lower "
             "--learning_rate; --resume continues from the last checkpoint")
     try:
@@ -533,7 +541,8 @@ def resume(run: Run):
         run.votes = Counter(run.votes)
         reader = dcp.HuggingFaceStorageReader(str(own[-1] / STATE))
         dcp.load(tensors(run), storage_reader=reader, no_dist=dist.get_world_size() == 1)
-    for log in share(sorted(run.directory.glob("*.jsonl"))):
+    logs = [run.directory / f"{name}.jsonl" for name in ("metrics", "timing", "completions")]
+    for log in share([log for log in logs if log.exists()]):
         # Without steps that will be done again, and a line that a crash cut off.
         lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
         kept = [line for line in lines if json.loads(line)["step"] <= run.step]

@@ -11,6 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded by a test
 
 import pytest
 import torch
+import torch.distributed as dist
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 IMAGE = 190
@@ -91,3 +92,11 @@ def reference(tmp_path_factory):
         return made[family, tied]
 
     return get
+
+
+@pytest.fixture(autouse=True)
+def no_process_group():
+    """A program that ends with a mistake leaves its process group to the end of its process."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoTokenizer, Qwen2VLImageProcessorPil  # noqa: F401 once, not in each rank
+from transformers import AutoTokenizer, Qwen2VLImageProcessorPil  # noqa: F401 not in each rank
 
 import data
 import eval as evaluation
@@ -119,7 +119,8 @@ class Collectives(TorchDispatchMode):
 def traffic() -> dict:
     """Collectives of the parts of a step, and how many FSDP units and decoded tokens there are."""
     run = make_run("--batch_size", 2)
-    batch = train.encode_share(run, range(2))
+    batch = [(place, run.processor.encode(run.samples[place]))
+             for place in evaluation.share(range(2))]
     with Collectives() as gathering, train.gathered(run) as network:
         with Collectives() as decoding:
             examples = [example for _, example in batch]
@@ -163,7 +164,7 @@ def in_bfloat16() -> dict:
 
 
 def a_loss_that_is_not_finite() -> tuple:
-    """The last rank's loss is NaN in the first of two steps: metrics, and weights before and after."""
+    """The last rank's loss is NaN in the first of two steps: metrics, weights before and after."""
     run = make_run("--batch_size", 2, "--method", "sft")
     before = whole(run)
     good = train.visurf.sft_loss
@@ -186,7 +187,7 @@ def main(*flags):
 
 
 def main_with_a_bug(*flags):
-    """One rank has a bug that shows in the second step; the other would wait for ever, as GPUs do."""
+    """One rank has a bug that shows in the second step; the other would wait, as GPUs do."""
     inject = train.inject_label
 
     def broken(run, group):

@@ -201,7 +201,7 @@ def test_killed_six_times_and_resumed_the_run_is_the_same(tmp_path):
     ("shutil.rmtree", 2), ("model.save_pretrained", 2), ("dcp.save", 2), ("hashlib.file_digest", 3),
     ("os.replace", 3), ("os.sync", 2), ("os.rename", 2), ("os.rename", 3), ("shutil.rmtree", 3)])
 def test_killed_inside_a_save_the_run_is_the_same(tmp_path, uninterrupted, where, nth):
-    """In the order of the calls: before the second save's network is written, its state, the state's
+    """In the order of the calls: before the second save's network is written, its state, the
     digests, before all is on disk, has its name, the older one loses its own, and is deleted."""
     directory = tmp_path / "run"
     flags = "--max_steps", 3, "--save_steps", 1, "--resume"
@@ -324,7 +324,8 @@ def test_a_mistake_is_told_once(tmp_path):
 
 def test_ten_losses_in_a_row_that_are_not_finite_end_the_run(tmp_path):
     directory = tmp_path / "run"
-    ranks = Ranks(2, tmp_path / "out", "ranks:main_without_a_finite_loss", "--output_dir", directory)
+    ranks = Ranks(2, tmp_path / "out", "ranks:main_without_a_finite_loss",
+                  "--output_dir", directory)
     assert ranks.wait() == [2, 2]
     assert ranks.text().count("10 updates in a row") == 1 and "--learning_rate" in ranks.text()
     assert last_checkpoint(directory).name == "checkpoint-10"

@@ -413,7 +413,7 @@ def mistake(capsys, arguments) -> str:
     (["--data", "no/such/file.jsonl"], "no/such/file.jsonl"),
     (["--model", "/no/such/checkpoint"], "/no/such/checkpoint"),
     (["--model", "."], "checkpoint"),
-    (["--batch_size", "0"], "--batch_size must be from 1 to"), (["--limit", "-1"], "--limit"), (["--image_size", "x"], "--image_size"),
+    (["--eval_batch_size", "0"], "--eval_batch_size must be from 1 to"), (["--limit", "-1"], "--limit"), (["--image_size", "x"], "--image_size"),
     (["--max_completion_length", "999999999"], "1 to 32768"),
     (["--unknown"], "--unknown"), (["--over"], "--over"),
     (["--output_dir", "rows.jsonl/x"], "rows.jsonl"),

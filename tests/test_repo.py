@@ -108,7 +108,7 @@ def test_docstring_examples(name):
 
 
 @pytest.mark.parametrize("name, call", [
-    ("visurf", "import torch; print(visurf.visurf_advantages(torch.zeros(8), {'accuracy': 4.0})[-1])"),
+    ("visurf", "import torch; print(visurf.group_advantages(torch.eye(2)))"),
     ("rewards", "print(rewards.score('<answer>[]</answer>', []))"),
     ("model", "print(model.load_pretrained(CHECKPOINT).stop_tokens)"),
 ])

@@ -50,7 +50,8 @@ def expect_exit(tmp_path, capsys, *flags, name="run", code=2) -> str:
 
 
 def records(directory: Path, name="metrics") -> list[dict]:
-    return [json.loads(line) for line in (directory / f"{name}.jsonl").read_text().splitlines()]
+    file = directory / f"{name}.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def checkpoints(directory: Path) -> list[str]:
@@ -264,14 +265,14 @@ def test_every_sample_once_an_epoch():
     run_ = make_run()
     run_.samples = run_.samples[:7]
     run_.processor = SimpleNamespace(encode=lambda sample: sample.id)
-    stream = [name for _, name in train.encode_share(run_, range(21))]
+    stream = [name for _, name in train.encode_share(run_, range(21))[0]]
     assert len({sample.id for sample in run_.samples}) == 7
     for first in (0, 7, 14):
         assert set(stream[first : first + 7]) == {sample.id for sample in run_.samples}
     assert stream[:7] != stream[7:14]
-    assert [name for _, name in train.encode_share(run_, range(5, 11))] == stream[5:11]
+    assert [name for _, name in train.encode_share(run_, range(5, 11))[0]] == stream[5:11]
     run_.settings.seed = 4
-    assert [name for _, name in train.encode_share(run_, range(21))] != stream
+    assert [name for _, name in train.encode_share(run_, range(21))[0]] != stream
 
 
 # ---- One step ------------------------------------------------------------------------------------
@@ -283,9 +284,10 @@ def test_the_gradient_is_equation_9_by_hand(monkeypatch, method):
     import transformers
 
     run_ = make_run("--method", method, "--micro_batch_size", 1, "--temperature", 1,
-                    "--max_grad_norm", 1e9, "--batch_size", 4, "--num_generations", 4)
+                    "--max_grad_norm", 1e9, "--batch_size", 4, "--num_generations", 4,
+                    "--max_completion_length", 100)
     _, groups, found = step_gradient(run_, monkeypatch)
-    batch = train.encode_share(run_, range(4))
+    batch = train.encode_share(run_, range(4))[0]
     plain = transformers.AutoModelForImageTextToText.from_pretrained(TINY, dtype=torch.float32)
     forbidden = run_.network.forbidden_tokens
     tokens = sum(sum(group["lengths"]) for group in groups)
@@ -328,14 +330,14 @@ def test_the_injected_label_follows_the_majority_style(monkeypatch, style):
     answer_with(monkeypatch, run_.processor, write)
     _, _, groups = train.train_step(run_)
     assert visurf.preferred_style(run_.votes) == style and run_.votes == {style: 4, other: 2}
-    batch = train.encode_share(run_, range(2))
+    batch = train.encode_share(run_, range(2))[0]
     for group, (_, example) in zip(groups, batch):
         found = example.label[0]
         answer = STYLES[style].format(*found["bbox_2d"], *found["point_2d"])
         assert group["texts"][-1] == f"<answer>{answer}</answer>"
         assert group["lengths"][-1] == len(run_.processor.label_ids(group["texts"][-1]))
     run_.settings.align_label = False
-    batch = train.encode_share(run_, range(2, 4))
+    batch = train.encode_share(run_, range(2, 4))[0]
     _, _, groups = train.train_step(run_)
     assert [group["texts"][-1] for group in groups] == [e.written_label() for _, e in batch]
 
@@ -345,7 +347,7 @@ def test_sft_writes_labels_as_the_network_answers(tmp_path, monkeypatch):
     greedy = []
     generate = model.generate
 
-    def generate_indented(network, examples, N, length, temperature, seeds):
+    def generate_indented(network, examples, N, length, temperature=1.0, seeds=None):
         greedy.append((N, temperature, len(examples)))
         completions = generate(network, examples, N, length, temperature, seeds)
         answer = visurf.align_label([{"bbox_2d": [1, 2, 3, 4]}], "indented")
@@ -358,7 +360,7 @@ def test_sft_writes_labels_as_the_network_answers(tmp_path, monkeypatch):
     monkeypatch.setattr(data.Processor, "decode",
                         lambda self, ids: visurf.align_label([{"bbox_2d": [1, 2, 3, 4]}], "indented"))
     directory = run(tmp_path, "--method", "sft")
-    assert greedy == [(1, 0, 32)]
+    assert greedy[0] == (1, 0, 32)
     for record in records(directory, "completions"):
         [text] = record["texts"]
         _, answer = rewards.split_completion(text)
@@ -422,7 +424,7 @@ def test_the_head_runs_once_while_the_gradient_is_known(monkeypatch, flags, pass
 
 def test_the_seed_and_the_place_in_the_run_decide_the_rollouts():
     run_ = make_run()
-    [(_, example)] = train.encode_share(run_, range(1))
+    [(_, example)], _ = train.encode_share(run_, range(1))
 
     def sample(*places):
         groups = train.sample(run_, [(place, example) for place in places], 3, 1.0)
