@@ -195,11 +195,13 @@ def read_sample(rows, number: int, path: Path, task: Task) -> Sample:
 
     image = partial(find_image, rows, number, path if path.is_dir() else path.parent)
     stored = image_size(image)
-    original = (row.get("img_width") or stored[0], row.get("img_height") or stored[1])
+    original = (int(row.get("img_width") or stored[0]), int(row.get("img_height") or stored[1]))
     # Training labels are in pixels of the image as stored, test labels in the original's.
     frame = row.get("frame") or (original if row.get("problem") is None else stored)
     for width, height in (frame, original):
-        require(0 < width < 1e9 and 0 < height < 1e9, "a frame or size is two positive numbers")
+        # Not too large either: eval.py paints masks of this size.
+        require(width > 0 and height > 0 and width * height < 2e8,
+                "a frame or size is two positive numbers")
 
     label = read_label(row, task, choices, frame)
     # <|image_pad|> would be one more image, and half a surrogate pair has no tokens.

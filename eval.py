@@ -101,26 +101,24 @@ def evaluate(network, processor, samples, max_new_tokens=512, batch_size=32, pro
     Also returns a line on each sample whose image or prompt cannot be used. Raises CheckpointError
     if a log-prob is not finite, for the answers would mean nothing.
     """
-    answered = []
+    results = []
     bad_rows = []
-    places = share(range(len(samples)))
+    shared = share(samples)
     # None: a bar in a terminal only.
     quiet = None if progress and is_first() else True
-    for first in tqdm(range(0, len(places), batch_size), "evaluating", leave=False, disable=quiet):
-        batch = []
-        for place in places[first : first + batch_size]:
+    for first in tqdm(range(0, len(shared), batch_size), "evaluating", leave=False, disable=quiet):
+        examples = []
+        for sample in shared[first : first + batch_size]:
             try:
-                batch.append((place, processor.encode(samples[place])))
+                examples.append(processor.encode(sample))
             except data.DataError as error:
                 bad_rows.append(str(error))
-        if not batch:
+        if not examples:
             continue
-        examples = [example for _, example in batch]
         completions = model.generate(network, examples, 1, max_new_tokens, temperature=0)
-        for (place, example), [completion] in zip(batch, completions):
-            answered.append((place, make_result(processor, example, completion)))
-    answered = dict(gather(answered))
-    results = [answered[place] for place in sorted(answered)]
+        for example, [completion] in zip(examples, completions):
+            results.append(make_result(processor, example, completion))
+    results = gather(results)
     if not all(math.isfinite(result["logprob"]) for result in results):
         raise model.CheckpointError("log-probs are not finite: the weights of --model are damaged")
     return results, gather(bad_rows)
@@ -183,7 +181,10 @@ def measure(result: dict) -> dict[str, float]:
     scores |= {"count_acc": exact, "MAE": abs(error), "squared_error": error**2}
     if isinstance(label, str) or isinstance(predicted, str):
         return scores
-    intersection, union = mask_areas(result)
+    mask = paint(predicted, result["size"])
+    true_mask = paint(label, result["size"])
+    intersection = float((mask & true_mask).sum())
+    union = float((mask | true_mask).sum())
     scores |= {"intersection": intersection, "union": union}
     if not label:
         # Only [] is right where there is nothing: N-Acc is the share of those samples.
@@ -221,28 +222,21 @@ def box_around(boxes: np.ndarray) -> np.ndarray:
     return np.concatenate([boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)])[None]
 
 
-def mask_areas(result: dict) -> tuple[float, float]:
-    """Areas of intersection and union of all predicted and all labelled boxes, as one mask each."""
-    corner = np.tile(result["size"], 2)
-    predicted = numbers_of(result["prediction"], "bbox_2d", 4).clip(0, corner)
-    label = numbers_of(result["label"], "bbox_2d", 4).clip(0, corner)
-    # The boxes' own edges cut the image into cells, each wholly inside or outside of every box.
-    x1, y1, x2, y2 = np.concatenate([predicted, label]).T[:, :, None]  # (n + m, 1) each
-    xs = np.unique([x1, x2])
-    ys = np.unique([y1, y2])
-    columns = (x1 <= xs[:-1]) & (xs[1:] <= x2)
-    rows = (y1 <= ys[:-1]) & (ys[1:] <= y2)
-    inside = rows[:, :, None] & columns[:, None]  # (n + m, rows, columns) True: the box has it
-    in_predicted = inside[: len(predicted)].any(axis=0)
-    in_label = inside[len(predicted) :].any(axis=0)
-    cells = np.outer(np.diff(ys), np.diff(xs))
-    return float(cells[in_predicted & in_label].sum()), float(cells[in_predicted | in_label].sum())
+def paint(objects, size) -> np.ndarray:
+    """One mask (height, width), True inside any box of an answer."""
+    mask = np.zeros(size[::-1], bool)
+    for x1, y1, x2, y2 in numbers_of(objects, "bbox_2d", 4).round().astype(int).clip(0):
+        mask[y1:y2, x1:x2] = True
+    return mask
 
 
 def format_table(columns: dict[str, dict]) -> str:
     """A row for each metric, with its value in every column: {title: metrics}."""
-    rows = [" " * 12 + "".join(f"{title:>10}" for title in columns)]
-    names = dict.fromkeys(name for column in columns.values() for name in column)
+    rows = [" " * 12]
+    names = {}
+    for title, column in columns.items():
+        rows[0] += f"{title:>10}"
+        names |= column
     for name in names:
         row = f"{name:12}"
         # Most metrics are shares of the samples.
@@ -276,8 +270,9 @@ def parse(settings_class, argv, program: str):
             parser.add_argument(f"--{setting.name}", type=setting.type,
                                 choices=setting.metadata["choices"], **words)
     recipe = data.TASKS[parser.parse_args(argv).task].recipe
-    known = {setting.name for setting in fields(settings_class)}
-    parser.set_defaults(**{name: recipe[name] for name in recipe.keys() & known})
+    for setting in fields(settings_class):
+        if setting.name in recipe:
+            parser.set_defaults(**{setting.name: recipe[setting.name]})
     settings = settings_class(**vars(parser.parse_args(argv)))
     for setting in fields(settings_class):
         value = getattr(settings, setting.name)
@@ -338,21 +333,20 @@ def world() -> tuple[int, int]:
 
 
 def share(items) -> list:
-    """This rank's part of what all ranks have: rank r of W takes items r, r + W, r + 2 W, ..."""
+    """This rank's part of what all ranks have: a stretch of it, about as long as the others'."""
     rank, size = world()
-    return [items[i] for i in range(rank, len(items), size)]
+    return list(items[len(items) * rank // size : len(items) * (rank + 1) // size])
 
 
 def gather(items: list) -> list:
-    """The shares of all ranks as one list on every rank: all first items, all second ones, ..."""
+    """The items of all ranks as one list on every rank: all of rank 0, then all of rank 1, ..."""
     _, size = world()
     # One process exchanges nothing: gloo's thread would slow down OpenMP's threads for good.
     if size == 1:
         return items
     lists = [None] * size
     dist.all_gather_object(lists, items)
-    longest = max(len(items) for items in lists)
-    return [items[i] for i in range(longest) for items in lists if i < len(items)]
+    return sum(lists, [])
 
 
 def on_first_rank(function, *args):

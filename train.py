@@ -22,7 +22,7 @@ import signal
 import sys
 import time
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
@@ -97,20 +97,18 @@ class Run:
     dummy: "Group"                     # what a rank without work computes
     device: torch.device
     network: model.GroupPolicy         # sharded
-    twin: model.GroupPolicy            # borrows the network's whole weights, see `gathered`
     optimizer: torch.optim.Optimizer
     votes: Counter = field(default_factory=Counter)      # label styles seen in rollouts so far
     step: int = 0                      # steps done
-    prompts_seen: int = 0              # the place in the endless stream of prompts
-    skipped_rows: int = 0
-    not_finite: int = 0                # updates given up: loss or gradient was not finite
-    not_finite_in_a_row: int = 0
+    not_finite: int = 0                # updates in a row given up: loss or gradient not finite
     board: object = None               # TensorBoard's writer
 
 
-FIXED = ("task", "method", "model", "data", "seed")      # settings that --resume cannot change
-COUNTERS = ("step", "prompts_seen", "skipped_rows", "not_finite", "not_finite_in_a_row", "votes")
+# Settings that --resume cannot change, and what a checkpoint keeps beside the tensors.
+FIXED = ("task", "method", "model", "data", "seed", "batch_size")
+COUNTERS = ("step", "not_finite", "votes")
 STATE = "training_state"
+LOGS = ("metrics", "timing", "completions")
 noted = []                             # signals that came to this process
 warnings.filterwarnings("ignore", "torch.distributed is disabled")    # one process saves alone
 
@@ -139,21 +137,25 @@ def train(settings: Settings):
                                                settings.max_pixels, settings.max_prompt_length)
     # Settings that leave no usable prompt show here, before the weights are read.
     blank = data.Sample("", "nothing", Image.new("RGB", (56, 56)), [], (56, 56), (56, 56))
-    dummy = Group(processor.encode(blank), [processor.label_ids("[]")], advantages=torch.zeros(1))
-    twin = model.empty_network(model.read_config(source))
+    dummy = Group(processor.encode(blank), ids=[processor.label_ids("[]")],
+                  advantages=torch.zeros(1))
     directory = Path(settings.output_dir or f"runs/{settings.task}-{settings.method}")
     directory.mkdir(parents=True, exist_ok=True)
 
     with open(directory / ".lock", "w") as lock:
         on_first_rank(claim_directory, settings, directory, lock)
-        network = load_network(settings, source, twin, device)
+        network = load_network(settings, source, device)
         optimizer = torch.optim.AdamW(network.parameters(), settings.learning_rate,
                                       weight_decay=settings.weight_decay, fused=True)
         run = Run(settings, directory, source, processor, samples, held_out, dummy, device,
-                  network, twin, optimizer)
+                  network, optimizer)
+        set_up_sharding(run)
         if settings.resume:
             resume(run)
         if is_first():
+            if settings.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+                run.board = SummaryWriter(directory / "tensorboard", purge_step=run.step + 1)
             print(f"{settings.method} on {settings.task}, {dist.get_world_size()} x {device.type}: "
                   f"{len(samples)} samples ({samples.skipped} bad rows skipped)\n"
                   "A policy loss near 0 is normal: advantages have mean 0. Watch the rewards.")
@@ -176,7 +178,7 @@ def train_and_evaluate(run: Run):
                 vote_by_greedy_answers(run)
         while run.step < settings.max_steps:
             on_first_rank(log_step, run, *train_step(run))
-            require(run.not_finite_in_a_row < 10, f"step {run.step}: 10 updates in a row were not "
+            require(run.not_finite < 10, f"step {run.step}: 10 updates in a row were not "
                     "finite: lower --learning_rate, or compute in --dtype float32")
             if run.step % settings.save_steps == 0:
                 save(run)
@@ -201,6 +203,7 @@ class Group:
     """A prompt with its N completions: G rollouts (none in SFT), then the label (none in RLVR)."""
 
     example: data.Example
+    seed: int = 0                                        # decides the rollouts' tokens
     ids: list = field(default_factory=list)              # tokens of each completion, (T,)
     texts: list = field(default_factory=list)
     rewards: list = field(default_factory=list)          # of each completion, by component
@@ -220,91 +223,95 @@ def train_step(run: Run) -> tuple[dict, dict, list[dict]]:
     settings = run.settings
     leave_if_asked()
     began = time.perf_counter()
-    last = run.prompts_seen + settings.batch_size
-    batch, bad_rows = encode_share(run, range(run.prompts_seen, last))
-    groups = [Group(example) for _, example in batch]
+    first = run.step * settings.batch_size
+    groups, bad_rows = encode_share(run, range(first, first + settings.batch_size))
     if settings.method != "sft":
-        groups = sample(run, batch, settings.num_generations, settings.temperature)
+        sample(run, groups, settings.num_generations, settings.temperature)
     # Asked to leave in the meantime: up to here, this step has changed nothing.
     leave_if_asked()
-    for group in groups:
-        group.rewards = [run.processor.score(text, group.example) for text in group.texts]
-    vote_for_style(run, [text for group in groups for text in group.texts])
+    vote_for_style(run, groups)
     for group in groups:
         if settings.method != "rlvr":
             inject_label(run, group)
+        for text in group.texts:
+            group.rewards.append(run.processor.score(text, group.example))
         group.advantages = compute_advantages(settings, group)
     sampled = time.perf_counter()
 
     values = update(run, groups)
     run.step += 1
-    run.prompts_seen = last
-    run.skipped_rows += bad_rows
+    values["skipped_rows"] = bad_rows
     timing = {"rollout_seconds": sampled - began, "update_seconds": time.perf_counter() - sampled}
     records = gather([group.record() for group in groups])
     if settings.method != "sft" and records:
-        # The label, if there is one, comes after the rollouts.
-        G = settings.num_generations
-        rollouts = [parts for record in records for parts in record["rewards"][:G]]
-        values["reward"] = np.mean([sum(parts.values()) for parts in rollouts])
-        for name in rollouts[0]:
-            values[f"reward/{name}"] = np.mean([parts[name] for parts in rollouts])
-        values["length"] = np.mean([record["lengths"][:G] for record in records])
-        values["truncated"] = np.mean([record["truncated"] for record in records]) / G
-        advantages = np.array([record["advantages"] for record in records])  # (groups, N)
-        values["no_signal"] = 1 - advantages.any(axis=1).mean()
-        if settings.method == "visurf":
-            values["label_active"] = (advantages[:, -1] != 0).mean()
-            values["label_advantage"] = advantages[:, -1].mean()
+        values |= summarize(records, settings)
     return values, timing, records
 
 
-def encode_share(run: Run, places: range) -> tuple[list[tuple[int, data.Example]], int]:
-    """This rank's share of some places in the endless stream of prompts, as (place, example), and
-    how many of all places have a bad row."""
-    batch = []
+def summarize(records: list[dict], settings: Settings) -> dict:
+    """Means over all rollouts of a step, and over its labels if they were injected."""
+    G = settings.num_generations
+    columns = defaultdict(list)
+    for record in records:
+        # The label comes after the rollouts.
+        columns["length"] += record["lengths"][:G]
+        for components in record["rewards"][:G]:
+            columns["reward"].append(sum(components.values()))
+            for name, reward in components.items():
+                columns[f"reward/{name}"].append(reward)
+        columns["truncated"].append(record["truncated"] / G)
+        columns["no_signal"].append(not any(record["advantages"]))
+        if settings.method == "visurf":
+            columns["label_active"].append(record["advantages"][-1] != 0)
+            columns["label_advantage"].append(record["advantages"][-1])
+    return {name: np.mean(values) for name, values in columns.items()}
+
+
+def encode_share(run: Run, places: range) -> tuple[list[Group], int]:
+    """This rank's share of some places in the endless stream of prompts, as groups without any
+    completion, and how many of all places have a bad row."""
+    groups = []
     bad_rows = []
     for place in share(places):
         # Each epoch has an order of its own.
         epoch, index = divmod(place, len(run.samples))
         order = np.random.default_rng([run.settings.seed, epoch]).permutation(len(run.samples))
+        # Whatever rank samples. Hashed together: added up, seed 1 would replay seed 0 later.
+        seed = np.random.SeedSequence([run.settings.seed, place]).generate_state(1)[0]
         try:
-            batch.append((place, run.processor.encode(run.samples[order[index]])))
+            groups.append(Group(run.processor.encode(run.samples[order[index]]), int(seed)))
         except DataError as error:
             bad_rows.append(str(error))
     bad_rows = gather(bad_rows)
     for problem in bad_rows:
         require(run.settings.skip_bad_rows, f"{problem}; see --skip_bad_rows")
-    return batch, len(bad_rows)
+    return groups, len(bad_rows)
 
 
-def sample(run: Run, batch, num_generations: int, temperature: float) -> list[Group]:
-    """Completions of each prompt of `batch` from the current policy, as groups without a label."""
-    groups = [Group(example) for _, example in batch]
-    # Whatever rank draws them. Hashed together: added up, seed 1 would replay seed 0 a place later.
-    seeds = [int(np.random.SeedSequence([run.settings.seed, place]).generate_state(1)[0])
-             for place, _ in batch]
+def sample(run: Run, groups: list[Group], num_generations: int, temperature: float):
+    """Add completions from the current policy to each group."""
+    prompts = [group.example for group in groups]
+    seeds = [group.seed for group in groups]
     rollouts = []
-    with gathered(run) as network:
-        if batch:
-            rollouts = model.generate(network, [group.example for group in groups],
-                                      num_generations, run.settings.max_completion_length,
-                                      temperature, seeds)
+    with gathered(run.network):
+        if groups:
+            rollouts = model.generate(run.network, prompts, num_generations,
+                                      run.settings.max_completion_length, temperature, seeds)
     for group, completions in zip(groups, rollouts):
         for completion in completions:
             group.ids.append(completion.ids)
             group.texts.append(run.processor.decode(completion.ids))
             group.truncated += not completion.finished
             group.finite &= bool(torch.isfinite(completion.logprobs).all())
-    return groups
 
 
-def vote_for_style(run: Run, texts: list[str]):
+def vote_for_style(run: Run, groups: list[Group]):
     """Control 1 learns from the well-formed answers of all ranks how the policy writes."""
     styles = []
-    for text in texts:
-        if rewards.read_answer(text, run.settings.task) is not None:
-            styles.append(visurf.style_of(rewards.split_completion(text)[1]))
+    for group in groups:
+        for text in group.texts:
+            if rewards.read_answer(text, run.settings.task) is not None:
+                styles.append(visurf.style_of(rewards.split_completion(text)[1]))
     run.votes.update(gather(styles))
     # Answers that several styles would write alike, such as [], say nothing.
     del run.votes[None]
@@ -312,18 +319,18 @@ def vote_for_style(run: Run, texts: list[str]):
 
 def vote_by_greedy_answers(run: Run):
     """SFT has no rollouts: the network's own answers to 32 questions decide the label's style."""
-    batch, _ = encode_share(run, range(min(32, len(run.samples))))
-    vote_for_style(run, [group.texts[0] for group in sample(run, batch, 1, temperature=0)])
+    groups, _ = encode_share(run, range(min(32, len(run.samples))))
+    sample(run, groups, 1, temperature=0)
+    vote_for_style(run, groups)
 
 
 def inject_label(run: Run, group: Group):
-    """Add the label to its group: its text in the rollouts' style, its tokens, its rewards."""
+    """Add the label to its group, in the rollouts' style."""
     text = group.example.written_label()
     if run.settings.align_label:  # control 1
         text = visurf.align_label(group.example.label, visurf.preferred_style(run.votes))
     group.texts.append(text)
     group.ids.append(run.processor.label_ids(text))
-    group.rewards.append(run.processor.score(text, group.example))
 
 
 def compute_advantages(settings: Settings, group: Group) -> torch.Tensor:
@@ -343,14 +350,19 @@ def compute_advantages(settings: Settings, group: Group) -> torch.Tensor:
 def update(run: Run, groups: list[Group]) -> dict:
     """One optimizer step on the groups of all ranks; the loss is a mean over all their tokens."""
     settings = run.settings
-    # A group whose advantages are all 0 has no gradient. Its tokens still count in the mean.
-    useful = [group for group in groups if group.advantages.any()]
+    useful = []
+    tokens = 0
+    finite = True
+    for group in groups:
+        # A group whose advantages are all 0 has no gradient, but its tokens count in the mean.
+        if group.advantages.any():
+            useful.append(group)
+        tokens += sum(map(len, group.ids))
+        finite &= group.finite
     # Groups of similar length share a micro-batch: little padding.
     useful.sort(key=lambda group: max(map(len, group.ids)))
     size = settings.micro_batch_size
     micro_batches = [useful[i : i + size] for i in range(0, len(useful), size)]
-    tokens = sum(sum(map(len, group.ids)) for group in groups)
-    finite = all(group.finite for group in groups)
     rounds, tokens, finite = zip(*gather([(len(micro_batches), tokens, finite)]))  # of each rank
     # FSDP averages gradients over ranks, so each rank divides by its fair share of all tokens.
     total = sum(tokens) / dist.get_world_size()
@@ -358,21 +370,11 @@ def update(run: Run, groups: list[Group]) -> dict:
     micro_batches += [[run.dummy]] * (max(rounds) - len(micro_batches))
     loss_sum = 0.0
     for micro_batch in micro_batches:
-        examples = [group.example for group in micro_batch]
-        prompts = model.PromptBatch.from_prompts(examples, run.network.config, run.device)
-        ids, mask = model.pad_completions([group.ids for group in micro_batch])  # (b, N, T)
-        A = torch.stack([group.advantages for group in micro_batch]).float()  # (b, N)
-        # A completion without advantage has no gradient: it, and a dummy's, is not computed.
-        mask &= A[..., None] != 0
-        ids, mask, A = (tensor.to(run.device) for tensor in (ids, mask, A))
-        # The policy is the one that sampled: the importance ratio is 1, and the loss's gradient by
-        # the log-probs is known beforehand (Eq. 9), which saves a pass through the output head.
-        known = visurf.policy_gradient(A, mask, total)
-        logprobs = run.network(prompts, ids, mask, settings.temperature, known)  # (b, N, T)
+        logprobs, mask, A = log_probs(run, micro_batch, total)
         if settings.method == "sft":
             loss = visurf.sft_loss(logprobs, mask, total)
         else:
-            loss, _ = visurf.policy_loss(logprobs, logprobs.detach(), A, mask, total=total)
+            loss = visurf.policy_loss(logprobs, logprobs.detach(), A, mask, total=total)
         loss.backward()
         loss_sum += loss.item()
     mean_loss = sum(gather([loss_sum])) / dist.get_world_size()
@@ -383,62 +385,80 @@ def update(run: Run, groups: list[Group]) -> dict:
     # All ranks see the same sums, so they agree.
     if all(finite) and math.isfinite(norm) and math.isfinite(mean_loss):
         run.optimizer.step()
-        run.not_finite_in_a_row = 0
+        run.not_finite = 0
     else:
         run.not_finite += 1
-        run.not_finite_in_a_row += 1
     run.optimizer.zero_grad()
     return {"loss": mean_loss, "grad_norm": norm, "not_finite": run.not_finite}
 
 
-def load_network(settings: Settings, source, twin, device) -> model.GroupPolicy:
+def log_probs(run: Run, groups: list[Group], total: float = 1.0):
+    """Log-probs and mask (b, N, T) of the groups' completions, and their advantages (b, N)."""
+    examples = [group.example for group in groups]
+    prompts = model.PromptBatch.from_prompts(examples, run.network.config, run.device)
+    ids, mask = model.pad_completions([group.ids for group in groups])  # (b, N, T)
+    A = torch.stack([group.advantages for group in groups]).float()  # (b, N)
+    # A completion without advantage has no gradient: it, and a dummy's, is not computed.
+    mask &= A[..., None] != 0
+    mask = mask.to(run.device)
+    A = A.to(run.device)
+    # The policy is the one that sampled: the importance ratio is 1, and the loss's gradient by
+    # the log-probs is known beforehand (Eq. 9), which saves a pass through the output head.
+    known = visurf.policy_gradient(A, mask, total)
+    return run.network(prompts, ids.to(run.device), mask, run.settings.temperature, known), mask, A
+
+
+def load_network(settings: Settings, source, device) -> model.GroupPolicy:
     """Load and shard the network: each of W ranks holds 1/W of each weight, in float32."""
-    # Weights, gradients and AdamW's moments have 16 bytes; activations come on top of them.
-    needed = sum(16 * parameter.numel() for parameter in twin.parameters()) / dist.get_world_size()
-    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if device.type == "cuda" and not settings.cpu_offload:
-        available = torch.cuda.get_device_properties(device).total_memory
-    require(needed <= available, f"this --model needs {needed / 1e9:.0f} GB before any activation, "
-            f"and there are {available / 1e9:.0f} GB: use more GPUs, --cpu_offload, a smaller one")
     pinned = fsdp.CPUOffloadPolicy(pin_memory=device.type == "cuda")
     offload = pinned if settings.cpu_offload else fsdp.OffloadPolicy()
     policy = fsdp.MixedPrecisionPolicy(getattr(torch, settings.dtype), torch.float32,
                                        cast_forward_inputs=False)
 
     def shard(network):
+        # Weights, gradients and AdamW's moments have 16 bytes; activations come on top of them.
+        needed = 16 * sum(weight.numel() for weight in network.parameters())
+        needed /= dist.get_world_size()
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if device.type == "cuda" and not settings.cpu_offload:
+            available = torch.cuda.get_device_properties(device).total_memory
+        require(needed <= available, f"this --model needs {needed / 1e9:.0f} of "
+                f"{available / 1e9:.0f} GB before any activation: use more GPUs, or --cpu_offload")
         # A block's weights are gathered for its turn. Embedding and output head are the root's.
         for module in [*network.blocks(), network]:
             fsdp.fully_shard(module, mp_policy=policy, offload_policy=offload)
 
     where = "cpu" if settings.cpu_offload else device
     network = model.load_pretrained(source, device=where, shard=shard)
+    # Rotary tables are buffers, which FSDP leaves where they are.
+    for buffer in network.buffers():
+        buffer.data = buffer.to(device)
     if settings.checkpoint_activations:
         network.vlm.activation_checkpointing_enable({"use_reentrant": False})
         network.train()
-    twin.stop_tokens = network.stop_tokens
-    twin.forbidden_tokens = network.forbidden_tokens
-    # Rotary tables are buffers, which FSDP leaves alone: network and twin share them.
-    for name, buffer in list(network.named_buffers()):
-        owner, _, leaf = name.rpartition(".")
-        for each in (network, twin):
-            each.get_submodule(owner).register_buffer(leaf, buffer.to(device), persistent=False)
     return network
 
 
+def set_up_sharding(run: Run):
+    """FSDP sets itself up in the first pass through its root, which sampling does not make."""
+    with torch.no_grad():
+        log_probs(run, [run.dummy])
+    # Without a backward pass, the root's weights stay gathered: --resume would not reach them.
+    run.network.reshard()
+
+
 @contextmanager
-def gathered(run: Run):
-    """The whole network on every rank, for sampling: a plain twin that borrows its weights."""
-    # Gathered once, here: while the twin decodes nothing is exchanged, so ranks need not keep step,
-    # and no hook of FSDP's runs, which a CUDA graph could not capture.
-    units = [module for module in run.network.modules() if isinstance(module, fsdp.FSDPModule)]
+def gathered(network: model.GroupPolicy):
+    """Whole weights on every rank, for sampling: while it lasts, ranks need not keep step."""
+    units = [module for module in network.modules() if isinstance(module, fsdp.FSDPModule)]
     for unit in units:
+        unit.set_reshard_after_forward(False)
         unit.unshard()
-    weights = dict(run.network.named_parameters(remove_duplicate=False))
-    run.twin.load_state_dict(weights, assign=True)
     try:
-        yield run.twin
+        yield
     finally:
         for unit in units:
+            unit.set_reshard_after_forward(True)
             unit.reshard()
 
 
@@ -477,16 +497,16 @@ def save(run: Run):
     if run.step == 0 or on_first_rank(final.exists):
         return
     # Weights may also be so large that nothing comes out of them: one token shows that.
-    with gathered(run) as network:
-        [[probe]] = model.generate(network, [run.dummy.example], 1, 1)
+    with gathered(run.network):
+        [[probe]] = model.generate(run.network, [run.dummy.example], 1, 1)
     finite = [bool(torch.isfinite(weight).all()) for weight in run.network.parameters()]
     finite.append(bool(probe.logprobs.isfinite()))
     require(all(gather(finite)), f"step {run.step}: weights are not finite and not saved: lower "
             "--learning_rate; --resume continues from the last checkpoint")
     try:
         on_first_rank(shutil.rmtree, unfinished, True)
-        with gathered(run) as network:
-            on_first_rank(model.save_pretrained, network, unfinished, run.source)
+        with gathered(run.network):
+            on_first_rank(model.save_pretrained, run.network, unfinished, run.source)
         writer = dcp.HuggingFaceStorageWriter(str(unfinished / STATE), save_distributed=True)
         dcp.save(tensors(run), storage_writer=writer, no_dist=dist.get_world_size() == 1)
         state = {name: getattr(run, name) for name in COUNTERS}
@@ -541,23 +561,31 @@ def resume(run: Run):
         run.votes = Counter(run.votes)
         reader = dcp.HuggingFaceStorageReader(str(own[-1] / STATE))
         dcp.load(tensors(run), storage_reader=reader, no_dist=dist.get_world_size() == 1)
-    logs = [run.directory / f"{name}.jsonl" for name in ("metrics", "timing", "completions")]
-    for log in share([log for log in logs if log.exists()]):
-        # Without steps that will be done again, and a line that a crash cut off.
-        lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        kept = [line for line in lines if json.loads(line)["step"] <= run.step]
-        write_text(log, "".join(kept))
+    on_first_rank(cut_logs, run.directory, run.step)
+
+
+def cut_logs(directory: Path, step: int):
+    """Drop what the logs say of later steps, which will be done again, and half a last line."""
+    for name in LOGS:
+        path = directory / f"{name}.jsonl"
+        kept = ""
+        if path.exists():
+            for line in path.read_text().splitlines(keepends=True):
+                if line.endswith("\n") and json.loads(line)["step"] <= step:
+                    kept += line
+        write_text(path, kept)
 
 
 def evaluate_held_out(run: Run, name: str):
     """Answer the held-out samples, if there are any; answers and metrics go to NAME.json."""
     results = []
     size = 32 * dist.get_world_size()
-    with gathered(run) as network:
+    with gathered(run.network):
         # Batch by batch, so that a signal need not wait for the last.
         for first in range(0, len(run.held_out), size):
             leave_if_asked()
-            found, bad_rows = evaluate(network, run.processor, run.held_out[first : first + size],
+            samples = run.held_out[first : first + size]
+            found, bad_rows = evaluate(run.network, run.processor, samples,
                                        run.settings.max_completion_length, progress=False)
             for problem in bad_rows:
                 require(run.settings.skip_bad_rows, f"{problem}; see --skip_bad_rows")
@@ -569,10 +597,6 @@ def evaluate_held_out(run: Run, name: str):
 
 def log_step(run: Run, values: dict, timing: dict, records: list[dict]):
     """A line on the console and a record in the logs; every tenth step whole groups too."""
-    if run.settings.tensorboard and run.board is None:
-        from torch.utils.tensorboard import SummaryWriter
-        run.board = SummaryWriter(run.directory / "tensorboard", purge_step=run.step)
-    logged = {"style": visurf.preferred_style(run.votes), "skipped_rows": run.skipped_rows}
     line = f"step {run.step:4d}/{run.settings.max_steps}"
     for name, value in (values | timing).items():
         line += f" | {name} {value:.3g}"
@@ -580,11 +604,12 @@ def log_step(run: Run, values: dict, timing: dict, records: list[dict]):
             run.board.add_scalar(name, value, run.step)
     print(line, flush=True)
     # JSON has no NaN.
-    logged |= {name: value if math.isfinite(value) else None for name, value in values.items()}
+    metrics = {name: value if math.isfinite(value) else None for name, value in values.items()}
+    metrics["style"] = visurf.preferred_style(run.votes)
     groups = records if run.step % 10 == 1 else []
     for group in groups[:1]:
         print(data.printable(f"    {group['texts'][-1]!r} earns {group['rewards'][-1]}"))
-    for name, entries in {"metrics": [logged], "timing": [timing], "completions": groups}.items():
+    for name, entries in zip(LOGS, ([metrics], [timing], groups)):
         with open(run.directory / f"{name}.jsonl", "a") as file:
             for entry in entries:
                 file.write(json.dumps({"step": run.step} | entry) + "\n")

@@ -138,19 +138,13 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, epsilon: float = 0.2, 
     logprobs, old_logprobs, mask (..., N, T), advantages (..., N). rho is a token's importance ratio
     to the policy that sampled it. For one update per sampling, pass logprobs.detach() as
     old_logprobs. `total` is the number of tokens the mean is over: this mask's, or the whole
-    batch's, so that micro-batches add up. Returns the loss and {"clipped": share of tokens whose
-    gradient is clipped away, "kl": estimate of KL(old, new) per token}, both divided by `total`.
+    batch's, so that micro-batches add up.
     """
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)             # (..., N, T)
     rho = log_ratio.exp()
     A = advantages[..., None].to(rho)                                       # (..., N, 1)
     objective = torch.minimum(rho * A, rho.clamp(1 - epsilon, 1 + epsilon) * A)
-    with torch.no_grad():
-        # The minimum keeps the clipped term only where rho has moved far enough in A's direction.
-        clipped = ((A > 0) & (rho > 1 + epsilon)) | ((A < 0) & (rho < 1 - epsilon))
-        kl = rho - 1 - log_ratio             # Schulman's k3: never negative, right on average
-        stats = {"clipped": masked_mean(clipped, mask, total), "kl": masked_mean(kl, mask, total)}
-    return -masked_mean(objective, mask, total), stats
+    return -masked_mean(objective, mask, total)
 
 
 def policy_gradient(advantages, mask, total) -> torch.Tensor:

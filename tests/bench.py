@@ -415,7 +415,7 @@ def our_gradients(network, prompts, rollouts, labels, advantages):
         ids, mask = model.pad_completions([[*group, label]])
         batch = model.PromptBatch.from_prompts([prompt], network.config)
         logprobs = network(batch, ids, mask, gradient=visurf.policy_gradient(A[None], mask, total))
-        visurf.policy_loss(logprobs, logprobs.detach(), A[None], mask, total=total)[0].backward()
+        visurf.policy_loss(logprobs, logprobs.detach(), A[None], mask, total=total).backward()
 
 
 def their_gradients(network, prompts, rollouts, labels, advantages, rows: int):
@@ -427,7 +427,7 @@ def their_gradients(network, prompts, rollouts, labels, advantages, rows: int):
             logits = their_logits(network, their_inputs([prompt] * len(part), part[:, :-1]), part.shape[1])
             logprobs = logits.log_softmax(-1).gather(2, part[..., None])[..., 0]
             mask = torch.ones_like(part, dtype=torch.bool)
-            visurf.policy_loss(logprobs, logprobs.detach(), a, mask, total=total)[0].backward()
+            visurf.policy_loss(logprobs, logprobs.detach(), a, mask, total=total).backward()
 
 
 # ---- Memory ----------------------------------------------------------------------------------------------------------

@@ -32,14 +32,15 @@ def make_run(*flags, directory=".") -> train.Run:
     source = data.fetch(settings.model or task.model, "model")
     processor = data.Processor.from_pretrained(source, task, settings.think)
     samples = data.load_samples(settings.data, task, "train", 40)
-    dummy = train.Group(processor.encode(samples[0]), [processor.label_ids("[]")],
+    dummy = train.Group(processor.encode(samples[0]), ids=[processor.label_ids("[]")],
                         advantages=torch.zeros(1))
-    twin = model.empty_network(model.read_config(source))
-    network = train.load_network(settings, source, twin, device)
+    network = train.load_network(settings, source, device)
     optimizer = torch.optim.AdamW(network.parameters(), settings.learning_rate,
                                   weight_decay=settings.weight_decay, fused=True)
-    return train.Run(settings, Path(directory), source, processor, samples, [], dummy, device,
-                     network, twin, optimizer)
+    run = train.Run(settings, Path(directory), source, processor, samples, [], dummy, device,
+                    network, optimizer)
+    train.set_up_sharding(run)
+    return run
 
 
 def whole(run) -> dict:
@@ -119,14 +120,13 @@ class Collectives(TorchDispatchMode):
 def traffic() -> dict:
     """Collectives of the parts of a step, and how many FSDP units and decoded tokens there are."""
     run = make_run("--batch_size", 2)
-    batch = [(place, run.processor.encode(run.samples[place]))
-             for place in evaluation.share(range(2))]
-    with Collectives() as gathering, train.gathered(run) as network:
+    groups, _ = train.encode_share(run, range(2))
+    with Collectives() as gathering, train.gathered(run.network):
         with Collectives() as decoding:
-            examples = [example for _, example in batch]
-            tokens = model.generate(network, examples, 3, 48, seeds=[dist.get_rank()])
+            examples = [group.example for group in groups]
+            tokens = model.generate(run.network, examples, 3, 48, seeds=[dist.get_rank()])
     with Collectives() as sampling:
-        groups = train.sample(run, batch, 3, 1.0)
+        train.sample(run, groups, 3, 1.0)
     for group in groups:
         group.advantages = torch.tensor([1.0, -1.0, 0.5], dtype=torch.float64)
     with Collectives() as updating:
@@ -155,8 +155,8 @@ def in_bfloat16() -> dict:
         run.optimizer.register_step_pre_hook(note_dtypes)
         with Collectives() as exchanged:
             losses[dtype] = steps(run, 1)[0][0]["loss"]
-        with train.gathered(run) as network:
-            found[dtype] = {str(parameter.dtype) for parameter in network.parameters()}
+        with train.gathered(run.network):
+            found[dtype] = {str(parameter.dtype) for parameter in run.network.parameters()}
         found[dtype, "exchanged"] = exchanged.dtypes
         kept = {str(tensor.dtype) for tensor in train.tensors(run).values()}
         found[dtype, "kept"] = kept | set(gradients)

@@ -161,15 +161,15 @@ def test_ciou_weighs_by_area_and_giou_does_not():
     assert found["gIoU"] == 0.5 and found["cIoU"] == pytest.approx(0.9)
 
 
-def test_areas_are_exact_for_real_numbers_and_cut_to_the_image():
-    a, b = {"bbox_2d": [0.25, 0.5, 2.75, 3.0]}, {"bbox_2d": [1.5, 1.25, 5.0, 2.0]}
-    areas = evaluation.mask_areas(result([a], [b]))
-    assert areas == pytest.approx((1.25 * 0.75, 2.5 * 2.5 + 3.5 * 0.75 - 1.25 * 0.75), abs=1e-12)
+def test_areas_are_pixels_inside_any_box_and_cut_to_the_image():
+    a, b = {"bbox_2d": [0.25, 0.4, 2.75, 3.0]}, {"bbox_2d": [2, 1, 5, 2]}
+    found = evaluation.measure(result([a, a], [b]))
+    assert (found["intersection"], found["union"]) == (1, 9 + 3 - 1)
     rng = np.random.default_rng(0)
-    many = [{"bbox_2d": np.sort(rng.uniform(0, 1e4, (2, 2)), axis=0).ravel().tolist()} for _ in range(120)]
+    many = [{"bbox_2d": np.sort(rng.uniform(0, 1e3, (2, 2)), axis=0).ravel().tolist()} for _ in range(120)]
     whole = [{"bbox_2d": [-1e5, -1e5, 1e5, 1e5]}]
-    intersection, union = evaluation.mask_areas(result(whole, many, (10_000, 10_000)))
-    assert union == 1e8 and 0 < intersection < 1e8
+    found = evaluation.measure(result(whole, many, (1000, 1000)))
+    assert found["union"] == 1e6 and 0 < found["intersection"] < 1e6
 
 
 def anomaly_results(answers):
@@ -332,7 +332,7 @@ def test_reward_is_counted_in_the_models_frame_and_metrics_in_the_originals(monk
     sample = make_sample(objects=[thing(9, 6, 45, 54)], size=(1050, 600))             # [6, 6, 28, 50] for the model
     [found], _ = evaluation.evaluate(None, processor, [sample], progress=False)
     assert found["reward"]["accuracy"] == 1 and measured("digits", [found])["accuracy"] == 1
-    assert measured("digits", [found])["gIoU"] == pytest.approx(150267 / 245797, abs=1e-4)
+    assert measured("digits", [found])["gIoU"] == pytest.approx(150267 / 245797, abs=2e-3)
     assert found["prediction"][0]["bbox_2d"] == pytest.approx([11 * 1050 / 56, 6 * 600 / 56, 33 * 1050 / 56, 50 * 600 / 56])
 
 
