@@ -95,6 +95,16 @@ def write_text(path: Path, text: str):
     os.replace(unfinished, path)
 
 
+def read_json(path: Path) -> dict:
+    """The object in a file that a run wrote; DataError if the file was damaged."""
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        content = error
+    data.require(isinstance(content, dict), f"{path}: damaged ({content!r:.80}); delete it")
+    return content
+
+
 def evaluate(network, processor, samples, max_new_tokens=512, batch_size=32, progress=True):
     """Answer samples greedily: each rank its share, all results on all ranks, in samples' order.
 

@@ -545,8 +545,7 @@ class Decoder:
         x = text.embed_tokens(self.tokens[None])  # (1, R, D)
         rotary = text.rotary_emb(x, self.position.expand(3, 1, -1))
         for layer in text.layers:
-            # Not layer(x): neither FSDP's hooks nor recomputation have a part in decoding.
-            x = layer.forward(x, position_embeddings=rotary, attend=self.cache)
+            x = layer(x, position_embeddings=rotary, attend=self.cache)
         return text.norm(x)[0]
 
     def drop_finished(self, alive, share: float):

@@ -41,7 +41,7 @@ import rewards
 import visurf
 from data import DataError, require
 from eval import (evaluate, format_table, gather, is_first, metrics, on_first_rank, option, parse,
-                  run_program, share, start, write_text)
+                  read_json, run_program, share, start, write_text)
 
 
 @dataclass
@@ -97,6 +97,7 @@ class Run:
     dummy: "Group"                     # what a rank without work computes
     device: torch.device
     network: model.GroupPolicy         # sharded
+    twin: model.GroupPolicy            # borrows the network's whole weights, see `gathered`
     optimizer: torch.optim.Optimizer
     votes: Counter = field(default_factory=Counter)      # label styles seen in rollouts so far
     step: int = 0                      # steps done
@@ -144,12 +145,11 @@ def train(settings: Settings):
 
     with open(directory / ".lock", "w") as lock:
         on_first_rank(claim_directory, settings, directory, lock)
-        network = load_network(settings, source, device)
+        network, twin = load_network(settings, source, device)
         optimizer = torch.optim.AdamW(network.parameters(), settings.learning_rate,
                                       weight_decay=settings.weight_decay, fused=True)
         run = Run(settings, directory, source, processor, samples, held_out, dummy, device,
-                  network, optimizer)
-        set_up_sharding(run)
+                  network, twin, optimizer)
         if settings.resume:
             resume(run)
         if is_first():
@@ -293,9 +293,9 @@ def sample(run: Run, groups: list[Group], num_generations: int, temperature: flo
     prompts = [group.example for group in groups]
     seeds = [group.seed for group in groups]
     rollouts = []
-    with gathered(run.network):
+    with gathered(run) as network:
         if groups:
-            rollouts = model.generate(run.network, prompts, num_generations,
+            rollouts = model.generate(network, prompts, num_generations,
                                       run.settings.max_completion_length, temperature, seeds)
     for group, completions in zip(groups, rollouts):
         for completion in completions:
@@ -370,7 +370,17 @@ def update(run: Run, groups: list[Group]) -> dict:
     micro_batches += [[run.dummy]] * (max(rounds) - len(micro_batches))
     loss_sum = 0.0
     for micro_batch in micro_batches:
-        logprobs, mask, A = log_probs(run, micro_batch, total)
+        examples = [group.example for group in micro_batch]
+        prompts = model.PromptBatch.from_prompts(examples, run.network.config, run.device)
+        ids, mask = model.pad_completions([group.ids for group in micro_batch])  # (b, N, T)
+        A = torch.stack([group.advantages for group in micro_batch]).float()  # (b, N)
+        # A completion without advantage has no gradient: it, and a dummy's, is not computed.
+        mask = (mask & (A[..., None] != 0)).to(run.device)
+        A = A.to(run.device)
+        # The policy is the one that sampled: the importance ratio is 1, and the loss's gradient by
+        # the log-probs is known beforehand (Eq. 9), which saves a pass through the output head.
+        known = visurf.policy_gradient(A, mask, total)
+        logprobs = run.network(prompts, ids.to(run.device), mask, settings.temperature, known)
         if settings.method == "sft":
             loss = visurf.sft_loss(logprobs, mask, total)
         else:
@@ -392,24 +402,11 @@ def update(run: Run, groups: list[Group]) -> dict:
     return {"loss": mean_loss, "grad_norm": norm, "not_finite": run.not_finite}
 
 
-def log_probs(run: Run, groups: list[Group], total: float = 1.0):
-    """Log-probs and mask (b, N, T) of the groups' completions, and their advantages (b, N)."""
-    examples = [group.example for group in groups]
-    prompts = model.PromptBatch.from_prompts(examples, run.network.config, run.device)
-    ids, mask = model.pad_completions([group.ids for group in groups])  # (b, N, T)
-    A = torch.stack([group.advantages for group in groups]).float()  # (b, N)
-    # A completion without advantage has no gradient: it, and a dummy's, is not computed.
-    mask &= A[..., None] != 0
-    mask = mask.to(run.device)
-    A = A.to(run.device)
-    # The policy is the one that sampled: the importance ratio is 1, and the loss's gradient by
-    # the log-probs is known beforehand (Eq. 9), which saves a pass through the output head.
-    known = visurf.policy_gradient(A, mask, total)
-    return run.network(prompts, ids.to(run.device), mask, run.settings.temperature, known), mask, A
+def load_network(settings: Settings, source, device) -> tuple:
+    """Load and shard the network: each of W ranks holds 1/W of each weight, in float32.
 
-
-def load_network(settings: Settings, source, device) -> model.GroupPolicy:
-    """Load and shard the network: each of W ranks holds 1/W of each weight, in float32."""
+    Also returns its twin, which has no weights of its own: see `gathered`.
+    """
     pinned = fsdp.CPUOffloadPolicy(pin_memory=device.type == "cuda")
     offload = pinned if settings.cpu_offload else fsdp.OffloadPolicy()
     policy = fsdp.MixedPrecisionPolicy(getattr(torch, settings.dtype), torch.float32,
@@ -430,35 +427,35 @@ def load_network(settings: Settings, source, device) -> model.GroupPolicy:
 
     where = "cpu" if settings.cpu_offload else device
     network = model.load_pretrained(source, device=where, shard=shard)
-    # Rotary tables are buffers, which FSDP leaves where they are.
-    for buffer in network.buffers():
-        buffer.data = buffer.to(device)
+    twin = model.empty_network(network.config)
+    twin.stop_tokens = network.stop_tokens
+    twin.forbidden_tokens = network.forbidden_tokens
+    # Rotary tables are buffers, which FSDP leaves alone: network and twin share them.
+    for name, buffer in list(network.named_buffers()):
+        owner, _, leaf = name.rpartition(".")
+        for each in (network, twin):
+            each.get_submodule(owner).register_buffer(leaf, buffer.to(device), persistent=False)
     if settings.checkpoint_activations:
         network.vlm.activation_checkpointing_enable({"use_reentrant": False})
         network.train()
-    return network
-
-
-def set_up_sharding(run: Run):
-    """FSDP sets itself up in the first pass through its root, which sampling does not make."""
-    with torch.no_grad():
-        log_probs(run, [run.dummy])
-    # Without a backward pass, the root's weights stay gathered: --resume would not reach them.
-    run.network.reshard()
+    return network, twin
 
 
 @contextmanager
-def gathered(network: model.GroupPolicy):
-    """Whole weights on every rank, for sampling: while it lasts, ranks need not keep step."""
-    units = [module for module in network.modules() if isinstance(module, fsdp.FSDPModule)]
+def gathered(run: Run):
+    """The whole network on every rank, for sampling: a plain twin that borrows its weights."""
+    # Gathered once, here: while the twin decodes nothing is exchanged, so ranks need not keep step.
+    # FSDP's hooks must not run: they note the order of blocks, by which it prefetches in backward,
+    # and a rank with fewer prompts would wait for the others forever.
+    units = [module for module in run.network.modules() if isinstance(module, fsdp.FSDPModule)]
     for unit in units:
-        unit.set_reshard_after_forward(False)
         unit.unshard()
+    weights = dict(run.network.named_parameters(remove_duplicate=False))
+    run.twin.load_state_dict(weights, assign=True)
     try:
-        yield
+        yield run.twin
     finally:
         for unit in units:
-            unit.set_reshard_after_forward(True)
             unit.reshard()
 
 
@@ -472,7 +469,7 @@ def claim_directory(settings: Settings, directory: Path, lock):
     config = directory / "config.json"
     require(settings.resume or not (config.exists() or own_checkpoints(directory)),
             f"{directory} holds another run: --resume continues it, or give another --output_dir")
-    before = json.loads(config.read_text()) if config.exists() else asdict(settings)
+    before = read_json(config) if config.exists() else asdict(settings)
     for name in FIXED:
         require(before.get(name) == getattr(settings, name), f"{directory} holds a run with "
                 f"--{name} {before.get(name)!r}, which --resume cannot change")
@@ -497,16 +494,16 @@ def save(run: Run):
     if run.step == 0 or on_first_rank(final.exists):
         return
     # Weights may also be so large that nothing comes out of them: one token shows that.
-    with gathered(run.network):
-        [[probe]] = model.generate(run.network, [run.dummy.example], 1, 1)
+    with gathered(run) as network:
+        [[probe]] = model.generate(network, [run.dummy.example], 1, 1)
     finite = [bool(torch.isfinite(weight).all()) for weight in run.network.parameters()]
     finite.append(bool(probe.logprobs.isfinite()))
     require(all(gather(finite)), f"step {run.step}: weights are not finite and not saved: lower "
             "--learning_rate; --resume continues from the last checkpoint")
     try:
         on_first_rank(shutil.rmtree, unfinished, True)
-        with gathered(run.network):
-            on_first_rank(model.save_pretrained, run.network, unfinished, run.source)
+        with gathered(run) as network:
+            on_first_rank(model.save_pretrained, network, unfinished, run.source)
         writer = dcp.HuggingFaceStorageWriter(str(unfinished / STATE), save_distributed=True)
         dcp.save(tensors(run), storage_writer=writer, no_dist=dist.get_world_size() == 1)
         state = {name: getattr(run, name) for name in COUNTERS}
@@ -553,9 +550,10 @@ def resume(run: Run):
     """Go on from the last checkpoint, if there is one, on as many ranks as there are now."""
     own = on_first_rank(own_checkpoints, run.directory)
     if own:
-        state = json.loads((own[-1] / f"{STATE}.json").read_text())
-        require(compute_digests(own[-1]) == state["digests"], f"{own[-1]}: a damaged or missing "
-                "tensor file; delete this checkpoint to go on from an older one, or anew")
+        state = read_json(own[-1] / f"{STATE}.json")
+        require(compute_digests(own[-1]) == state.get("digests"),
+                f"{own[-1]}: a damaged or missing tensor file; delete this checkpoint to go on "
+                "from an older one, or anew")
         for name in COUNTERS:
             setattr(run, name, state[name])
         run.votes = Counter(run.votes)
@@ -565,13 +563,14 @@ def resume(run: Run):
 
 
 def cut_logs(directory: Path, step: int):
-    """Drop what the logs say of later steps, which will be done again, and half a last line."""
+    """Drop what the logs say of later steps, which will be done again, and what a crash cut."""
     for name in LOGS:
         path = directory / f"{name}.jsonl"
         kept = ""
         if path.exists():
-            for line in path.read_text().splitlines(keepends=True):
-                if line.endswith("\n") and json.loads(line)["step"] <= step:
+            for line in path.read_text(errors="replace").splitlines(keepends=True):
+                is_whole = line.startswith("{") and line.endswith("}\n")
+                if is_whole and json.loads(line)["step"] <= step:
                     kept += line
         write_text(path, kept)
 
@@ -580,12 +579,12 @@ def evaluate_held_out(run: Run, name: str):
     """Answer the held-out samples, if there are any; answers and metrics go to NAME.json."""
     results = []
     size = 32 * dist.get_world_size()
-    with gathered(run.network):
+    with gathered(run) as network:
         # Batch by batch, so that a signal need not wait for the last.
         for first in range(0, len(run.held_out), size):
             leave_if_asked()
             samples = run.held_out[first : first + size]
-            found, bad_rows = evaluate(run.network, run.processor, samples,
+            found, bad_rows = evaluate(network, run.processor, samples,
                                        run.settings.max_completion_length, progress=False)
             for problem in bad_rows:
                 require(run.settings.skip_bad_rows, f"{problem}; see --skip_bad_rows")

@@ -1,7 +1,9 @@
 """What several test files need: the repository on the path, and small random checkpoints that transformers wrote."""
 
 import os
+import re
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -100,3 +102,15 @@ def no_process_group():
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """A test that is asked for an optional package skips, if that package is not installed."""
+    try:
+        return (yield)
+    except Exception as error:
+        asked = re.search(r"pip install ([\w-]+)|No module named '(\w+)", str(error))
+        if asked and find_spec((asked[1] or asked[2]).replace("-", "_")) is None:
+            pytest.skip(str(error))
+        raise

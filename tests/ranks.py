@@ -34,13 +34,11 @@ def make_run(*flags, directory=".") -> train.Run:
     samples = data.load_samples(settings.data, task, "train", 40)
     dummy = train.Group(processor.encode(samples[0]), ids=[processor.label_ids("[]")],
                         advantages=torch.zeros(1))
-    network = train.load_network(settings, source, device)
+    network, twin = train.load_network(settings, source, device)
     optimizer = torch.optim.AdamW(network.parameters(), settings.learning_rate,
                                   weight_decay=settings.weight_decay, fused=True)
-    run = train.Run(settings, Path(directory), source, processor, samples, [], dummy, device,
-                    network, optimizer)
-    train.set_up_sharding(run)
-    return run
+    return train.Run(settings, Path(directory), source, processor, samples, [], dummy, device,
+                     network, twin, optimizer)
 
 
 def whole(run) -> dict:
@@ -121,10 +119,10 @@ def traffic() -> dict:
     """Collectives of the parts of a step, and how many FSDP units and decoded tokens there are."""
     run = make_run("--batch_size", 2)
     groups, _ = train.encode_share(run, range(2))
-    with Collectives() as gathering, train.gathered(run.network):
+    with Collectives() as gathering, train.gathered(run) as network:
         with Collectives() as decoding:
             examples = [group.example for group in groups]
-            tokens = model.generate(run.network, examples, 3, 48, seeds=[dist.get_rank()])
+            tokens = model.generate(network, examples, 3, 48, seeds=[dist.get_rank()])
     with Collectives() as sampling:
         train.sample(run, groups, 3, 1.0)
     for group in groups:
@@ -155,8 +153,8 @@ def in_bfloat16() -> dict:
         run.optimizer.register_step_pre_hook(note_dtypes)
         with Collectives() as exchanged:
             losses[dtype] = steps(run, 1)[0][0]["loss"]
-        with train.gathered(run.network):
-            found[dtype] = {str(parameter.dtype) for parameter in run.network.parameters()}
+        with train.gathered(run) as network:
+            found[dtype] = {str(parameter.dtype) for parameter in network.parameters()}
         found[dtype, "exchanged"] = exchanged.dtypes
         kept = {str(tensor.dtype) for tensor in train.tensors(run).values()}
         found[dtype, "kept"] = kept | set(gradients)

@@ -554,6 +554,8 @@ def test_a_bad_row_is_named_in_one_line_or_skipped_and_counted(tmp_path, complai
     file = write_rows(tmp_path, [train_row(), "", row, train_row()])
     found = re.search("counting|math", complaint)
     task = TASKS[found[0]] if found else GROUNDING
+    if task.name == "math":
+        pytest.importorskip("math_verify")
     message = mistake(load_samples, file, task)
     assert message.startswith(f"{file}, row 3: ") and complaint in message
     assert "--skip_bad_rows" in message

@@ -249,6 +249,7 @@ def main(capsys, *arguments) -> str:
 
 def test_the_table_is_the_metrics_of_all_runs(tmp_path, monkeypatch, capsys):
     """On the console and on the page, before and after training; no weights are loaded for it."""
+    pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(model, "load_pretrained", lambda *_: pytest.fail("weights were loaded"))
     a, b = make_run(Path("a")), make_run(Path("b"))
@@ -289,6 +290,7 @@ def test_every_run_is_a_line_of_every_curve(tmp_path, monkeypatch):
 
 
 def test_settings_that_differ_come_first_and_names_stay_apart(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     for parent, method in (("x", "visurf"), ("y", "rlvr")):
         make_run(Path(parent) / "run", method=method, learning_rate=1e-4)

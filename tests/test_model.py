@@ -340,8 +340,7 @@ def test_finished_rows_and_padding_are_not_worked_on(reference):
     network.stop_tokens = list(range(2, 30))
     seen, images = [], []
     layer = network.vlm.model.language_model.layers[0]
-    forward = layer.forward  # decoding calls it without hooks
-    layer.forward = lambda x, *args, **kwargs: [seen.append(x.shape[1]), forward(x, *args, **kwargs)][1]
+    layer.register_forward_hook(lambda module, inputs, out: seen.append(inputs[0].shape[1]))
     network.vlm.model.visual.register_forward_hook(lambda module, inputs, out: images.append(len(inputs[0])))
     [group] = model.generate(network, PROMPTS[:1], 32, 60)
     lengths = torch.tensor([len(completion.ids) for completion in group])

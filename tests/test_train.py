@@ -261,6 +261,24 @@ def test_a_damaged_checkpoint_is_named(tmp_path, capsys, one_step, damage):
     assert checkpoints(tmp_path / "run") == ["checkpoint-1"]
 
 
+@pytest.mark.parametrize("content", ["", "[]", '{"step": 1', "\0" * 20])
+@pytest.mark.parametrize("file", ["config.json", "checkpoint-1/training_state.json"])
+def test_a_damaged_file_of_the_run_is_named(tmp_path, capsys, one_step, file, content):
+    shutil.copytree(one_step, tmp_path / "run")
+    (tmp_path / "run" / file).write_text(content)
+    line = expect_exit(tmp_path, capsys, "--max_steps", 2, "--resume")
+    assert f"{file}: damaged" in line and "delete it" in line
+
+
+def test_what_a_crash_left_of_the_logs_is_dropped(tmp_path, one_step):
+    shutil.copytree(one_step, tmp_path / "run")
+    for damage in ('\0\0{"step": 1}\n', '{"step": 1, "lo'):
+        with open(tmp_path / "run" / "metrics.jsonl", "a") as log:
+            log.write(damage)
+    run(tmp_path, "--max_steps", 2, "--resume")
+    assert [record["step"] for record in records(tmp_path / "run")] == [1, 2]
+
+
 def test_every_sample_once_an_epoch():
     run_ = make_run()
     run_.samples = run_.samples[:7]
