@@ -1,4 +1,4 @@
-"""Data: one sample's way from a row of a file to what the network reads.
+"""Data: from a row of a file to what the network reads.
 
     row -> load_samples -> Sample (image, question, label) -> Processor.encode -> Example
 
@@ -27,7 +27,7 @@ import rewards
 ASSETS = Path(__file__).resolve().parent / "assets"
 COLUMNS = {"id", "image_id", "problem", "text", "solution", "bbox", "answer", "count", "choices",
            "frame", "img_width", "img_height", "image", "images"}      # see docs/data.md
-# Answers count in "pixels" of the image that the model sees, or run from 0 to 1000 ("relative").
+# Answers are in "pixels" of the image that the model sees, or run from 0 to 1000 ("relative").
 COORDINATES = {"qwen2_vl": "relative", "qwen2_5_vl": "pixels", "qwen3_vl": "relative"}
 
 
@@ -65,7 +65,7 @@ class Task:
 
     name: str
     instruction: str = FIND
-    # After the instruction comes how to answer, with this example; "": nothing comes after it.
+    # Shown in the request for the answer's format; "": no such request.
     example: str = '<answer>[{"bbox_2d": [120, 85, 480, 571], "point_2d": [310, 352]}]</answer>'
     model: str = "Qwen/Qwen2-VL-2B-Instruct"
     data: str = ""                # default data for training; "" if there is none
@@ -110,7 +110,7 @@ class Sample:
 
     id: str
     question: str
-    image: object                 # a path, a Pillow image, or a function that returns one
+    image: object                 # a path, a Pillow image, or a function that finds it
     label: list[dict] | str       # objects, or the text between the answer tags
     frame: tuple                  # the label's coordinates run to this
     size: tuple                   # of the original image, in whose pixels predictions are reported
@@ -133,8 +133,9 @@ def load_samples(source, task: Task, split="train", limit=None, skip_bad_rows=Fa
     """
     require(task.name != "math" or find_spec("math_verify"),
             "--task math compares answers with math-verify: pip install math-verify")
-    path = Path(source or (task.data if split == "train" else task.eval_data))
-    require(path.name, f"task {task.name} has no {split} data of its own: give --data PATH")
+    source = source or (task.data if split == "train" else task.eval_data)
+    require(source, f"task {task.name} has no {split} data of its own: give --data PATH")
+    path = Path(source)
     if (path / f"{split}.jsonl").is_file():
         path = path / f"{split}.jsonl"
     is_lines = path.is_file() and path.suffix == ".jsonl"
@@ -147,11 +148,11 @@ def load_samples(source, task: Task, split="train", limit=None, skip_bad_rows=Fa
         try:
             if rows[number]:
                 samples.append(read_sample(rows, number, path, task))
-        # Python's own complaints, such as about a list with too many numbers, help as well.
-        except (ValueError, TypeError, RecursionError) as error:
+        # Python's own messages are useful too: "too many values to unpack".
+        except (ValueError, TypeError, ArithmeticError, RecursionError) as error:
             require(skip_bad_rows, f"{path}, row {number + 1}: {error}; see --skip_bad_rows")
             samples.skipped += 1
-    require(samples, f"{path}: no good row, {samples.skipped} bad ones; give others with --data")
+    require(samples, f"{path}: no good row, {samples.skipped} bad ones; give other data")
     return samples
 
 
@@ -164,14 +165,18 @@ def open_table(path: Path, split: str):
         elif (path / "dataset_dict.json").is_file():
             table = datasets.load_from_disk(str(path))[split]
         elif path.exists():
-            # By name, because splits may differ in their columns.
-            files = path / f"**/*{split}*.parquet" if path.is_dir() else path
-            table = datasets.load_dataset("parquet", data_files=str(files), split="train")
+            # By the split in their names, because splits may differ in their columns.
+            files = [str(path)]
+            if path.is_dir():
+                names = map(str, path.rglob("*.parquet"))
+                pattern = rf"(?<![a-z]){split}[^/a-z]"
+                files = sorted(name for name in names if re.search(pattern, name))
+            table = datasets.load_dataset("parquet", data_files=files, split="train")
         else:
             table = datasets.load_dataset(str(path), split=split)
     except Exception as error:           # damaged files and networks raise nearly anything
-        raise DataError(f"{path}: no readable {split} data ({error!r:.300}); give a file, a folder "
-                        "or a hub id with --data (all but .jsonl: pip install datasets)") from None
+        raise DataError(f"{path}: no readable {split} data ({error!r:.300}); it must be a file, "
+                        "a folder or a hub id (all but .jsonl: pip install datasets)") from None
     # Arrow's format leaves images encoded, so that a damaged one stops nothing before its turn.
     return table.select_columns(sorted(COLUMNS & {*table.column_names})).with_format("arrow")
 
@@ -186,7 +191,7 @@ def read_row(rows, number: int) -> dict:
 def read_sample(rows, number: int, path: Path, task: Task) -> Sample:
     """One row, checked; a ValueError or a TypeError says what is wrong with it."""
     row = read_row(rows, number)
-    # EasyR1 marks the image's place.
+    # EasyR1 writes <image> where the image goes.
     question = str(row.get("problem") or row.get("text") or "").replace("<image>", "").strip()
     require(question, "no 'problem' or 'text', or an empty one")
     choices = list(map(str, row.get("choices") or []))
@@ -194,7 +199,7 @@ def read_sample(rows, number: int, path: Path, task: Task) -> Sample:
         question += "\nChoices: " + ", ".join(map("{}. {}".format, ascii_uppercase, choices))
 
     image = partial(find_image, rows, number, path if path.is_dir() else path.parent)
-    stored = image_size(image)
+    stored = open_image(image, only_size=True)
     original = (int(row.get("img_width") or stored[0]), int(row.get("img_height") or stored[1]))
     # Training labels are in pixels of the image as stored, test labels in the original's.
     frame = row.get("frame") or (original if row.get("problem") is None else stored)
@@ -227,7 +232,8 @@ def read_label(row: dict, task: Task, choices: list, frame) -> list[dict] | str:
     elif isinstance(value, list) and not any(isinstance(found, dict) for found in value):
         boxes = np.reshape(value, (-1, 4)).tolist()          # one flat box, or a list of boxes
         text = json.dumps([{"bbox_2d": box} for box in boxes])
-    # Labels are read as answers are: one that cannot be read could not be earned.
+    # Labels are read like answers: no rollout could match an unreadable one. Tables with gaps
+    # hold counts as 24.0.
     label = rewards.read_answer(f"<answer>{text.removesuffix('.0')}</answer>", task.name)
     require(label is not None, f"no label that {task.name} can read: {text:.80}")
     if isinstance(label, str):
@@ -263,18 +269,18 @@ def find_image(rows, number: int, folder: Path) -> Path | BytesIO:
         return BytesIO(cell)
     if cell.startswith("data:image/"):
         return BytesIO(base64.b64decode(cell.partition(",")[2]))
-    # A URL is no file, and neither is a named pipe, which would be waited for.
+    # No URL, and no named pipe: opening one would block.
     require(os.path.isfile(folder / cell), f"no such image file: {str(folder / cell):.200}")
     return folder / cell
 
 
-def open_image(source, only_size=False) -> Image.Image:
+def open_image(source, only_size=False):
     """An image in RGB, upright as its EXIF tag says; or only its size, from its header."""
     try:
         image = source() if callable(source) else source
         if not isinstance(image, Image.Image):
-            image = Image.open(image)    # refuses what claims to be larger than memory
-        require(not image.mode.startswith(("I", "F")), "save it with 8 bits a colour")
+            image = Image.open(image)    # refuses more than 179 megapixels
+        require(not image.mode.startswith(("I", "F")), "over 8 bits a colour: convert it")
         if not only_size:
             return ImageOps.exif_transpose(image).convert("RGB")
         # Pillow would decode a whole PNG to look for a tag at its end.
@@ -283,11 +289,6 @@ def open_image(source, only_size=False) -> Image.Image:
         return image.size[::-1] if is_turned else image.size
     except Exception as error:           # damaged files make Pillow raise nearly anything
         raise DataError(f"unreadable image ({error})") from None
-
-
-def image_size(source) -> tuple:
-    """(width, height) of an image once it is upright; its pixels are not decoded."""
-    return open_image(source, only_size=True)
 
 
 def move_objects(objects, src_frame, dst_frame, round_to_int: bool = False):
@@ -322,12 +323,6 @@ class Example:
     grid_thw: torch.Tensor        # (1, 3) int64: 1, rows and columns of patches
     label: list[dict] | str       # in `frame`, whole numbers
     frame: tuple                  # the model's: its prompt, answers and label run to this
-    truth: list[dict] | str       # the label in pixels of the original image, not rounded
-    size: tuple                   # of the original image
-
-    def to_original(self, objects):
-        """Objects of the model's frame in pixels of the original image."""
-        return move_objects(objects, self.frame, self.size)
 
     def written_label(self) -> str:
         """The label as the data set wrote it, or by json.dumps if the model needs other numbers."""
@@ -365,9 +360,14 @@ class Processor:
             if template.is_file():
                 self.tokenizer.chat_template = json.loads(template.read_text())["chat_template"]
             require("image_pad" in self.tokenizer.chat_template, "its chat template has no images")
-            # From a folder without its files, transformers makes a tokenizer without words.
+            vision = config["vision_config"]
+            for name, size in {"patch_size": self.images.patch_size,
+                               "spatial_merge_size": self.images.merge_size}.items():
+                require(vision.get(name, size) == size,
+                        f"preprocessor_config.json has another {name}")
+            # If its files are missing, transformers makes an empty tokenizer.
             image_id = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
-            require(image_id == config["image_token_id"], "its tokenizer is missing or another's")
+            require(image_id == config["image_token_id"], "its tokenizer is another model's")
         except Exception as error:       # foreign files make their readers raise nearly anything
             raise DataError(f"{path}: not a complete Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint "
                             f"({error!r:.300}); give one with --model") from None
@@ -402,9 +402,7 @@ class Processor:
         require(len(ids) <= (self.max_prompt_length or len(ids)), f"{sample.where}: the prompt has "
                 f"{len(ids)} tokens: raise --max_prompt_length {self.max_prompt_length}")
         label = move_objects(sample.label, sample.frame, frame, round_to_int=True)
-        truth = move_objects(sample.label, sample.frame, sample.size)
-        return Example(sample, ids, inputs["pixel_values"], inputs["image_grid_thw"], label, frame,
-                       truth, sample.size)
+        return Example(sample, ids, inputs["pixel_values"], inputs["image_grid_thw"], label, frame)
 
     def token_ids(self, text: str) -> torch.Tensor:
         """(T,) int64, always of a whole text: tokens merge across the seams of its parts."""
@@ -418,7 +416,7 @@ class Processor:
         """The text of a completion up to its end token."""
         ids = torch.as_tensor(ids).tolist()
         for token in ("<|im_end|>", "<|endoftext|>"):
-            # By its id: spelt out in ordinary tokens, it ends nothing.
+            # By id: the same characters as ordinary tokens end nothing.
             end = self.tokenizer.convert_tokens_to_ids(token)
             if end in ids:
                 ids = ids[: ids.index(end)]

@@ -5,7 +5,7 @@
     torchrun --nproc_per_node 8 eval.py --task grounding        # each GPU answers its share
 
 samples -> `evaluate` -> results, a dict each, in pixels of the ORIGINAL image -> `metrics`.
-At the end stands what train.py needs too: flags, and one process or many.
+At the end is what train.py shares: flags, and one process or many.
 """
 
 import argparse
@@ -48,7 +48,7 @@ class Settings:
     max_completion_length: int = option(512, "longest answer in tokens", low=1, high=32768)
     think: bool = option(True, "ask for reasoning before the answer")
     image_size: int = option(0, "side of the squares images become, if not the task's", high=8192)
-    max_pixels: int = option(0, "keep the shape of images, with at most so many pixels")
+    max_pixels: int = option(0, "keep the shape of images, with at most this many pixels")
     skip_bad_rows: bool = option(False, "leave out rows that cannot be used, and count them")
     output_dir: str = option("", "of answers.json, if not runs/eval-TASK-MODEL")
 
@@ -63,16 +63,15 @@ def run(settings: Settings):
     device = start()
     task = data.TASKS[settings.task]
     source = settings.model or task.model
-    name = "-".join(["eval", task.name, *Path(source).parts[-2:]])
+    name = "-".join(["eval", task.name, *Path(source).absolute().parts[1:][-2:]])
     answers = Path(settings.output_dir or f"runs/{name}") / "answers.json"
     samples = data.load_samples(settings.data, task, settings.split, settings.limit or None,
                                 settings.skip_bad_rows)
     checkpoint = data.fetch(source, "model")
     processor = data.Processor.from_pretrained(checkpoint, task, settings.think,
                                                settings.image_size, settings.max_pixels)
-    # Found out before the work, not after it: that its result cannot be written.
+    # Check before the work that the result can be written.
     data.require(not answers.exists(), f"{answers} is there already: give another --output_dir")
-    on_first_rank(answers.parent.mkdir, 0o777, True, True)
     on_first_rank(write_text, answers.with_name("config.json"), json.dumps(asdict(settings)))
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -85,11 +84,12 @@ def run(settings: Settings):
         print(format_table({"": content["metrics"]}), answers, sep="\n\n")
         print(f"{samples.skipped + len(bad_rows)} bad rows skipped")
     data.require(settings.skip_bad_rows or not bad_rows,
-                 f"{''.join(bad_rows[:1])}; --skip_bad_rows leaves such rows out")
+                 f"{''.join(bad_rows[:1])}; all others are answered; --skip_bad_rows allows that")
 
 
 def write_text(path: Path, text: str):
     """Write a file that is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.unfinished")
     unfinished.write_text(text)
     os.replace(unfinished, path)
@@ -135,15 +135,18 @@ def evaluate(network, processor, samples, max_new_tokens=512, batch_size=32, pro
 
 
 def make_result(processor, example, completion) -> dict:
-    """One answer, ready for JSON; its reward alone is counted in the frame the model speaks."""
+    """One answer, ready for JSON; only its reward is computed in the model's frame."""
+    sample = example.sample
     text = processor.decode(completion.ids)
     predicted = rewards.read_answer(text, processor.task.name)
+    if predicted is not None:
+        predicted = data.move_objects(predicted, example.frame, sample.size)
     return {
-        "id": example.sample.id, "where": example.sample.where,
-        "question": example.sample.question, "completion": text,
+        "id": sample.id, "where": sample.where, "question": sample.question, "completion": text,
         # None: no well-formed answer was given.
-        "prediction": None if predicted is None else example.to_original(predicted),
-        "label": example.truth, "size": list(example.size), "length": len(completion.ids),
+        "prediction": predicted,
+        "label": data.move_objects(sample.label, sample.frame, sample.size),
+        "size": list(sample.size), "length": len(completion.ids),
         "logprob": completion.logprobs.sum().item(), "truncated": not completion.finished,
         "thinking": rewards.has_thinking(text),
         "reward": processor.score(text, example)}
@@ -153,9 +156,9 @@ def make_result(processor, example, completion) -> dict:
 
 
 def metrics(results: list[dict], task: data.Task) -> dict:
-    """The task's metrics and a few of every task: means over the samples that have such a score.
+    """The task's metrics and a few of every task, each a mean over the samples that have it.
 
-    None where no sample has. reward: mean sum of components; length: mean tokens.
+    None if none has. reward: mean sum of components; length: mean tokens.
     """
     columns = defaultdict(list)
     for result in results:
@@ -181,6 +184,7 @@ def measure(result: dict) -> dict[str, float]:
     scores = {name: float(result[name]) for name in ("thinking", "truncated", "length")}
     scores["well_formed"] = float(predicted is not None)
     scores["reward"] = sum(result["reward"].values())
+    # Mathematics.
     if isinstance(label, str) and "\\boxed" in label:
         return scores | {"accuracy": result["reward"]["accuracy"]}
     # Counting: no readable answer says 0, and is wrong.
@@ -200,7 +204,7 @@ def measure(result: dict) -> dict[str, float]:
         # Only [] is right where there is nothing: N-Acc is the share of those samples.
         names = ("accuracy", "one_to_one", "gIoU", "N-Acc", "anomaly_acc", "specificity")
         return scores | dict.fromkeys(names, float(predicted == []))
-    # Something listed is taken for a defect.
+    # Something is there. Anomalies: something listed is taken for a defect.
     found = float(bool(predicted))
     overlap = intersection / union if union else 0.0
     scores |= {"anomaly_acc": found, "sensitivity": found, "gIoU": overlap}
@@ -262,7 +266,7 @@ def format_table(columns: dict[str, dict]) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line on which a mistake is one line, said once, and exit code 2."""
+    """argparse, but a mistake is one line, printed by one rank, and exit code 2."""
 
     def error(self, message):
         """What argparse calls for a mistake."""
@@ -279,10 +283,9 @@ def parse(settings_class, argv, program: str):
         else:
             parser.add_argument(f"--{setting.name}", type=setting.type,
                                 choices=setting.metadata["choices"], **words)
-    recipe = data.TASKS[parser.parse_args(argv).task].recipe
-    for setting in fields(settings_class):
-        if setting.name in recipe:
-            parser.set_defaults(**{setting.name: recipe[setting.name]})
+    given = vars(parser.parse_args(argv))
+    recipe = data.TASKS[given["task"]].recipe
+    parser.set_defaults(**{name: recipe[name] for name in recipe if name in given})
     settings = settings_class(**vars(parser.parse_args(argv)))
     for setting in fields(settings_class):
         value = getattr(settings, setting.name)
@@ -360,7 +363,7 @@ def gather(items: list) -> list:
 
 
 def on_first_rank(function, *args):
-    """Call a function on rank 0 alone; all ranks get its result, or raise its user's mistake."""
+    """Call a function on rank 0 alone; all ranks get its result, or raise its error."""
     outcome = []
     if is_first():
         try:

@@ -4,7 +4,7 @@ The network is transformers': Qwen2-VL, Qwen2.5-VL or dense Qwen3-VL. Ours is ho
 through it, and how completions are sampled:
 
     network = load_pretrained("path/to/checkpoint")           # Hugging Face files -> GroupPolicy
-    rollouts = generate(network, prompts, num_generations=8)  # by hand, with a KV cache
+    rollouts = generate(network, prompts, num_generations=8)  # our own sampler, with a KV cache
     logprobs = network(batch, completions, mask)              # with gradient
 
 A prompt holds about 900 image tokens and an answer about 60. Here a group of N completions is ONE
@@ -69,8 +69,8 @@ class GroupPolicy(nn.Module):
 
         mask (B, N, T) is True on a completion's tokens; padding, which must follow them (else
         ValueError), gets 0. Forbidden tokens are left out of the softmax, as in sampling.
-        gradient (B, N, T): that of the loss by these log-probs, where it is known beforehand; it
-        saves a pass through the output head (see TokenLogProbs).
+        gradient (B, N, T): d loss / d log-probs, if known in advance; it saves a pass through the
+        output head (see TokenLogProbs).
         """
         if (mask[:, :, 1:] & ~mask[:, :, :-1]).any():
             raise ValueError("mask has tokens after padding: leave them out of the loss instead")
@@ -203,7 +203,7 @@ class GroupAttention:
 
         own_q, own_k, own_v = (self.completions(x) for x in (q, k, v))  # (B*N, heads, T, E)
         # Keys and values are few and small, so each completion gets a copy of its prompt's:
-        # autograd adds the copies' gradients up, and one fused call serves the whole group.
+        # autograd sums their gradients, and one fused call serves the whole group.
         keys = torch.cat([prompt_k.repeat_interleave(self.N, dim=0), own_k], dim=2)
         values = torch.cat([prompt_v.repeat_interleave(self.N, dim=0), own_v], dim=2)
         # A boolean mask with enable_gqa has no fused kernel on CUDA. The g query heads that
@@ -212,8 +212,8 @@ class GroupAttention:
         K = keys.shape[1]
         own_q = own_q.reshape(rows, K, H // K * T, E)
         if self.bias is None:
-            # In numbers, and once for all layers: of a boolean mask, each layer would make and
-            # keep its own numbers. On CUDA, rows must begin at multiples of 8 numbers.
+            # Additive, and shared by all layers: each would convert and keep a boolean mask
+            # itself. On CUDA, rows must begin at multiples of 8 numbers.
             bias = torch.where(self.mask, 0.0, -torch.inf).to(q.dtype)
             bias = F.pad(bias, (0, -bias.shape[-1] % 8)).repeat(1, H // K, 1)
             self.bias = bias[:, None, :, : self.P + T]  # (B*N, 1, g*T, P+T)
@@ -263,7 +263,7 @@ class KVCache:
             self.make_mask()
 
     def make_mask(self):
-        """What is added to scores, (B*K, 1, P + max_tokens): -inf on padding and empty slots."""
+        """The mask to add to scores, (B*K, 1, P + max_tokens): -inf on padding and empty slots."""
         place = torch.arange(self.P + self.max_tokens, device=self.lengths.device)
         in_prompt = place < self.lengths[:, None]  # (B, P + max_tokens)
         in_rows = (place >= self.P) & (place <= self.P + self.t)
@@ -345,7 +345,7 @@ class TokenLogProbs(torch.autograd.Function):
     def backward(ctx, arrived):
         if ctx.gradient is None:
             _, *ctx.results = log_probs_by_chunk(*ctx.saved_tensors, *ctx.settings, arrived)
-        # A loss that is NaN differs from nothing here: it is for the caller to notice.
+        # NaN passes this comparison; the caller checks for it.
         elif ((arrived - ctx.gradient).abs() > 1e-4 * ctx.gradient.abs()).any():
             raise RuntimeError("the loss has another gradient than was said beforehand")
         grad_hidden, grad_weight = ctx.results
@@ -361,7 +361,7 @@ def log_probs_by_chunk(hidden, weight, targets, temperature, forbidden, gradient
     if gradient is not None:
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-    # One buffer serves all chunks: memory of this size is slow to get anew.
+    # One buffer for all chunks: allocating this much is slow.
     space = values.new_empty(min(chunk, len(hidden)), len(weight))
     for start in range(0, len(hidden), chunk):
         part = slice(start, start + chunk)
@@ -415,7 +415,7 @@ class Completion(NamedTuple):
     """A sampled completion."""
 
     ids: torch.Tensor  # (T,) with the end token, if there is one
-    logprobs: torch.Tensor  # (T,) under the distribution that was sampled from
+    logprobs: torch.Tensor  # (T,) under softmax(logits / temperature); 1 if greedy
     finished: bool  # False: cut off at the length limit
 
 
@@ -465,18 +465,19 @@ def generate(network: GroupPolicy, prompts, num_generations: int = 1, max_new_to
             if rows is not None:
                 tokens, row, alive = tokens[rows], row[rows], alive[rows]
         hidden = decoder.step(tokens[:, 0])
-    rows = split_rows(ids.cpu(), logprobs.cpu(), stop.cpu())
-    return [rows[i : i + num_generations] for i in range(0, len(rows), num_generations)]
+    completions = split_rows(ids.cpu(), logprobs.cpu(), stop.cpu())
+    N = num_generations
+    return [completions[i : i + N] for i in range(0, len(completions), N)]
 
 
 def draw(probabilities, uniform) -> torch.Tensor:
     """Index (R, 1) where the cumulative probabilities (R, V) pass uniform (R, 1) in [0, 1)."""
     # torch.multinomial takes 143 ms for 32 rows of 152,000 words on a CPU; this takes 7.
     cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
-    # Rounding must not reach the end of the sums, where probabilities may be 0.
+    # Stay below the total: the last words may have probability 0.
     target = uniform.clamp(max=1 - 1e-12) * cumulative[:, -1:]
     index = torch.searchsorted(cumulative, target, right=True)
-    # Sums that are not numbers give some word, whose log-prob then shows that they are not.
+    # NaN gives an arbitrary word, and its log-prob is NaN too.
     return index.clamp(max=probabilities.shape[1] - 1)
 
 
@@ -632,7 +633,7 @@ def patch_product(module, pixels) -> torch.Tensor:
 
 @contextmanager
 def named_errors(path):
-    """Make one line that names `path` of whatever damaged files make transformers raise."""
+    """Turn any error inside into a one-line CheckpointError that names `path`."""
     try:
         yield
     except Exception as error:
@@ -667,6 +668,8 @@ def special_tokens(path, config) -> tuple[list[int], list[int]]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True,
                                                                trust_remote_code=False)
         words = max(tokenizer.get_vocab().values()) + 1
+        if words > config.text_config.vocab_size:
+            raise ValueError(f"its tokenizer has {words} words, more than its config.json")
         forbidden |= set(range(words, config.text_config.vocab_size))
     return stop, sorted(forbidden)
 
@@ -698,7 +701,9 @@ def save_pretrained(network: GroupPolicy, directory, source, dtype=torch.bfloat1
     state = {name: parameter.detach().to("cpu", dtype, copy=True)
              for name, parameter in network.vlm.named_parameters()}
     transformers.logging.disable_progress_bar()
-    network.vlm.save_pretrained(directory, state_dict=state)
+    # A full disk, above all.
+    with named_errors(directory):
+        network.vlm.save_pretrained(directory, state_dict=state)
     network.config.dtype = dtype
     network.config.save_pretrained(directory)
     for pattern in SIDE_FILES:

@@ -4,23 +4,22 @@ r"""Rewards: read the answer of a completion, match it with the label, score it 
 
     thinking    0 or 1   the completion has just this shape, and words in its thinking
     format      0 to 2   share of objects with a readable box + share with a readable point
-    accuracy    0 to 3   best one-to-one matching: a pair earns 1 for IoU, 1 for L1, 1 for its point
+    accuracy    0 to 3   best one-to-one matching; a pair earns 1 for each of IoU, box L1 and point
     non_repeat  0 or 1   fewer than two sentences are repetitions
 
-Counting also takes a number, mathematics \boxed{...}. What cannot be read earns 0, never raises.
+Counting also takes a number, mathematics \boxed{...}. An unreadable answer earns 0.
 """
 
 import json
 import re
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import numpy as np
 
 RANGES = {"thinking": (0, 1), "format": (0, 2), "accuracy": (0, 3), "non_repeat": (0, 1)}
-THINKING = {"thinking": 1.0}     # the components about thinking, and the most each can give
 MAX_OBJECTS = 120
-# Not for math-verify: 9^{9^{9^9}} is one step, which no alarm interrupts; dog would equal god.
+# Not for math-verify: 9^{9^{9^9}} is one step, which no alarm interrupts; dog is a product of
+# letters, and so equals god.
 COSTLY = re.compile(r"""\\(?!([dt]?frac|sqrt(?!\[)|pi|cdot|times|div|pm|left|right|infty|cup|log|ln)
     (?![a-zA-Z])|[{}%])|!|\^(?!\w|\{-?\w{1,2}\})|(\^.*){4}|(\^\{-?\d\d.*){2}|\d[ ]\d|[^ -~]|.{201}
     |^[a-zA-Z ]{3,}$""", re.VERBOSE)
@@ -78,7 +77,7 @@ def score_objects(predicted, label, frame, thresholds) -> dict[str, float]:
     right = float(counts[0] == counts[1])
     if isinstance(predicted, str):
         return {"format": 2.0, "accuracy": right if isinstance(label, list) else 3 * right}
-    # A right "[]" earns all, lest a hallucination pay more, and a wrong one nothing.
+    # A right "[]" earns everything, or hallucinating would pay more; a wrong one, nothing.
     readable = sum(map(len, predicted)) / len(predicted) if predicted else 2 * right
     if not predicted or not label or isinstance(label, str):
         return {"format": readable, "accuracy": 3 * right}
@@ -115,7 +114,7 @@ def iou(boxes_a, boxes_b) -> np.ndarray:
 
 
 def match(gains) -> list[tuple[int, int]]:
-    """One-to-one (row, column) pairs of the (n, m) whole gains >= 0 with the largest sum, none 0.
+    """(row, column) pairs of integer gains (n, m) >= 0, one-to-one, with the largest sum; none 0.
 
     >>> match([[3, 2], [3, 0]])      # 2 + 3 beats 3 + 0
     [(0, 1), (1, 0)]
@@ -146,7 +145,7 @@ def match(gains) -> list[tuple[int, int]]:
             if not augment(row):
                 failed.append(row)
                 dead_ends = visited
-        # Rows that compete for these columns lower their price by 1; the columns raise theirs.
+        # Lower the price of the rows that compete for these columns; raise the columns'.
         row_price[failed + list(map(row_of.get, dead_ends))] -= 1
         column_price[list(dead_ends)] += 1
     return sorted(zip(row_of.values(), row_of.keys()))
@@ -203,7 +202,6 @@ def same_answer(predicted: str, label: str, choices=None) -> bool:
         return True
     if COSTLY.search(texts[0]) or COSTLY.search(texts[1]):
         return False
-    require_math_verify()
     from math_verify import LatexExtractionConfig, parse, verify
     read = [parse(f"${text}$", [LatexExtractionConfig()], parsing_timeout=3) for text in texts]
     return verify(*read, timeout_seconds=3)
@@ -217,9 +215,3 @@ def plain_text(text: str, choices=None) -> str:
         if re.fullmatch(rf"\(?{letter}[).:]* ?({re.escape(option)})?", text, re.IGNORECASE):
             return option
     return text
-
-
-def require_math_verify():
-    """Raise ValueError, with its remedy, if math-verify is not installed."""
-    if find_spec("math_verify") is None:
-        raise ValueError("math answers are compared by math-verify: pip install math-verify")

@@ -2,14 +2,15 @@
 
     python train.py                                         # built-in task, bundled checkpoint
     python train.py --task grounding --data my.jsonl --model Qwen/Qwen2.5-VL-7B-Instruct
-    torchrun --nproc_per_node 8 train.py --task grounding   # FSDP2 on eight GPUs, as in the paper
+    torchrun --nproc_per_node 8 train.py --task grounding   # FSDP2 on eight GPUs
     python train.py --method rlvr                           # no label in the group: GRPO
     python train.py --method sft                            # no rollouts: cross-entropy on labels
-    python train.py --resume                                # go on from the last checkpoint
+    python train.py --resume                                # with the same flags: go on
 
-`train_step`: sample -> score -> align and inject the label -> advantages -> update. A run leaves
-config.json, logs (*.jsonl), held-out answers (before.json, eval-STEP.json, after.json) and Hugging
-Face checkpoints, checkpoint-STEP/, whose training_state/ is for --resume, in runs/TASK-METHOD.
+`train_step`: sample -> score -> align and inject the label -> advantages -> update.
+runs/TASK-METHOD then holds config.json, logs (*.jsonl), held-out answers (before.json,
+eval-STEP.json, after.json) and Hugging Face checkpoints, checkpoint-STEP/, with a training_state/
+for --resume.
 """
 
 import fcntl
@@ -49,7 +50,7 @@ class Settings:
     """Post-train a Qwen-VL checkpoint. A task's recipe (data.TASKS) replaces some defaults."""
 
     task: str = option("digits", "what to learn", choices=tuple(data.TASKS))
-    method: str = option("visurf", "or GRPO, or labels alone", choices=("visurf", "rlvr", "sft"))
+    method: str = option("visurf", "rlvr: GRPO; sft: labels", choices=("visurf", "rlvr", "sft"))
     model: str = option("", "checkpoint directory or hub id, if not the task's")
     data: str = option("", "training data: file, folder or hub id, if not the task's")
     eval_data: str = option("", "held-out data; the task's own, unless --data is given")
@@ -70,10 +71,10 @@ class Settings:
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
     align_label: bool = option(True, "control 1: write the label in the rollouts' style")
     drop_thinking_reward: bool = option(True, "control 2: no thinking reward for the label")
-    smooth_label_reward: bool = option(True, "control 3: no advantage for a label once reached")
+    smooth_label_reward: bool = option(True, "control 3: no advantage for a label that is matched")
     think: bool = option(True, "ask for reasoning before the answer")
     image_size: int = option(0, "side of the squares images become, if not the task's", high=8192)
-    max_pixels: int = option(0, "keep the shape of images, with at most so many pixels")
+    max_pixels: int = option(0, "keep the shape of images, with at most this many pixels")
     skip_bad_rows: bool = option(False, "leave out rows that cannot be used, and count them")
     checkpoint_activations: bool = option(True, "compute activations twice to save memory")
     dtype: str = option("", "float32 or, on GPUs, bfloat16", choices=("", "float32", "bfloat16"))
@@ -94,14 +95,14 @@ class Run:
     processor: data.Processor
     samples: list[data.Sample]
     held_out: list[data.Sample]
-    dummy: "Group"                     # what a rank without work computes
+    dummy: "Group"                     # computed by a rank that has no work left
     device: torch.device
     network: model.GroupPolicy         # sharded
     twin: model.GroupPolicy            # borrows the network's whole weights, see `gathered`
     optimizer: torch.optim.Optimizer
     votes: Counter = field(default_factory=Counter)      # label styles seen in rollouts so far
     step: int = 0                      # steps done
-    not_finite: int = 0                # updates in a row given up: loss or gradient not finite
+    not_finite: int = 0                # updates skipped in a row: loss or gradient not finite
     board: object = None               # TensorBoard's writer
 
 
@@ -110,7 +111,7 @@ FIXED = ("task", "method", "model", "data", "seed", "batch_size")
 COUNTERS = ("step", "not_finite", "votes")
 STATE = "training_state"
 LOGS = ("metrics", "timing", "completions")
-noted = []                             # signals that came to this process
+noted = []                             # signals this process received
 warnings.filterwarnings("ignore", "torch.distributed is disabled")    # one process saves alone
 
 
@@ -136,7 +137,7 @@ def train(settings: Settings):
     source = data.fetch(settings.model or task.model, "model")
     processor = data.Processor.from_pretrained(source, task, settings.think, settings.image_size,
                                                settings.max_pixels, settings.max_prompt_length)
-    # Settings that leave no usable prompt show here, before the weights are read.
+    # Settings that leave no usable prompt fail here, before the weights are read.
     blank = data.Sample("", "nothing", Image.new("RGB", (56, 56)), [], (56, 56), (56, 56))
     dummy = Group(processor.encode(blank), ids=[processor.label_ids("[]")],
                   advantages=torch.zeros(1))
@@ -146,6 +147,7 @@ def train(settings: Settings):
     with open(directory / ".lock", "w") as lock:
         on_first_rank(claim_directory, settings, directory, lock)
         network, twin = load_network(settings, source, device)
+        on_first_rank(write_text, directory / "config.json", json.dumps(asdict(settings), indent=2))
         optimizer = torch.optim.AdamW(network.parameters(), settings.learning_rate,
                                       weight_decay=settings.weight_decay, fused=True)
         run = Run(settings, directory, source, processor, samples, held_out, dummy, device,
@@ -163,7 +165,7 @@ def train(settings: Settings):
 
 
 def train_and_evaluate(run: Run):
-    """Evaluate, train, evaluate again; what was learnt is saved if a signal or mistake ends it."""
+    """Evaluate, train, evaluate again; save if a signal or a user's mistake ends the run."""
     settings = run.settings
     # From now on a signal to stop is only noted, and `leave_if_asked` acts on it.
     noted.clear()
@@ -227,7 +229,7 @@ def train_step(run: Run) -> tuple[dict, dict, list[dict]]:
     groups, bad_rows = encode_share(run, range(first, first + settings.batch_size))
     if settings.method != "sft":
         sample(run, groups, settings.num_generations, settings.temperature)
-    # Asked to leave in the meantime: up to here, this step has changed nothing.
+    # A signal came while sampling? This step has changed nothing yet.
     leave_if_asked()
     vote_for_style(run, groups)
     for group in groups:
@@ -276,10 +278,14 @@ def encode_share(run: Run, places: range) -> tuple[list[Group], int]:
         # Each epoch has an order of its own.
         epoch, index = divmod(place, len(run.samples))
         order = np.random.default_rng([run.settings.seed, epoch]).permutation(len(run.samples))
-        # Whatever rank samples. Hashed together: added up, seed 1 would replay seed 0 later.
+        # The same on any rank. Hashed, because with seed + place, seed 1 would replay seed 0.
         seed = np.random.SeedSequence([run.settings.seed, place]).generate_state(1)[0]
         try:
-            groups.append(Group(run.processor.encode(run.samples[order[index]]), int(seed)))
+            group = Group(run.processor.encode(run.samples[order[index]]), int(seed))
+            label = visurf.align_label(group.example.label, "compact")
+            require(len(run.processor.label_ids(label)) <= run.settings.max_completion_length,
+                    f"{group.example.sample.where}: longer than --max_completion_length allows")
+            groups.append(group)
         except DataError as error:
             bad_rows.append(str(error))
     bad_rows = gather(bad_rows)
@@ -306,7 +312,7 @@ def sample(run: Run, groups: list[Group], num_generations: int, temperature: flo
 
 
 def vote_for_style(run: Run, groups: list[Group]):
-    """Control 1 learns from the well-formed answers of all ranks how the policy writes."""
+    """Control 1: count the styles of all ranks' well-formed answers."""
     styles = []
     for group in groups:
         for text in group.texts:
@@ -363,7 +369,8 @@ def update(run: Run, groups: list[Group]) -> dict:
     useful.sort(key=lambda group: max(map(len, group.ids)))
     size = settings.micro_batch_size
     micro_batches = [useful[i : i + size] for i in range(0, len(useful), size)]
-    rounds, tokens, finite = zip(*gather([(len(micro_batches), tokens, finite)]))  # of each rank
+    # One number of each rank.
+    rounds, tokens, finite = zip(*gather([(len(micro_batches), tokens, finite)]))
     # FSDP averages gradients over ranks, so each rank divides by its fair share of all tokens.
     total = sum(tokens) / dist.get_world_size()
     # Every exchange needs all ranks: one that has less to do computes a dummy.
@@ -374,7 +381,7 @@ def update(run: Run, groups: list[Group]) -> dict:
         prompts = model.PromptBatch.from_prompts(examples, run.network.config, run.device)
         ids, mask = model.pad_completions([group.ids for group in micro_batch])  # (b, N, T)
         A = torch.stack([group.advantages for group in micro_batch]).float()  # (b, N)
-        # A completion without advantage has no gradient: it, and a dummy's, is not computed.
+        # Completions with zero advantage, a dummy's too, have no gradient and are left out.
         mask = (mask & (A[..., None] != 0)).to(run.device)
         A = A.to(run.device)
         # The policy is the one that sampled: the importance ratio is 1, and the loss's gradient by
@@ -413,10 +420,11 @@ def load_network(settings: Settings, source, device) -> tuple:
                                        cast_forward_inputs=False)
 
     def shard(network):
-        # Weights, gradients and AdamW's moments have 16 bytes; activations come on top of them.
+        # Weights, gradients and AdamW's moments take 16 bytes a parameter.
         needed = 16 * sum(weight.numel() for weight in network.parameters())
         needed /= dist.get_world_size()
         available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        available /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if device.type == "cuda" and not settings.cpu_offload:
             available = torch.cuda.get_device_properties(device).total_memory
         require(needed <= available, f"this --model needs {needed / 1e9:.0f} of "
@@ -460,7 +468,7 @@ def gathered(run: Run):
 
 
 def claim_directory(settings: Settings, directory: Path, lock):
-    """Take the directory for this run, unless another is, or was, in it."""
+    """Take the directory for this run, unless another run is in it, or was without --resume."""
     try:
         # Held until this process closes the file or ends, however it ends.
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -473,7 +481,9 @@ def claim_directory(settings: Settings, directory: Path, lock):
     for name in FIXED:
         require(before.get(name) == getattr(settings, name), f"{directory} holds a run with "
                 f"--{name} {before.get(name)!r}, which --resume cannot change")
-    write_text(config, json.dumps(asdict(settings), indent=2))
+    for name, value in asdict(settings).items():
+        if value != before.get(name) and name != "resume":
+            print(f"--{name} {value} from here on, before it was {before.get(name)}")
 
 
 def own_checkpoints(directory: Path) -> list[Path]:
@@ -489,20 +499,19 @@ def own_checkpoints(directory: Path) -> list[Path]:
 def save(run: Run):
     """Write checkpoint-STEP unless it is there, then delete the oldest beyond --keep."""
     final = run.directory / f"checkpoint-{run.step}"
-    # It has this name until it is complete and on the disk: nobody ever finds half of one.
+    # Under this name until it is complete on disk, so no half-written one is ever found.
     unfinished = run.directory / "unfinished"
     if run.step == 0 or on_first_rank(final.exists):
         return
-    # Weights may also be so large that nothing comes out of them: one token shows that.
-    with gathered(run) as network:
-        [[probe]] = model.generate(network, [run.dummy.example], 1, 1)
     finite = [bool(torch.isfinite(weight).all()) for weight in run.network.parameters()]
-    finite.append(bool(probe.logprobs.isfinite()))
-    require(all(gather(finite)), f"step {run.step}: weights are not finite and not saved: lower "
-            "--learning_rate; --resume continues from the last checkpoint")
     try:
-        on_first_rank(shutil.rmtree, unfinished, True)
         with gathered(run) as network:
+            # Finite weights may still overflow in the forward pass: one token shows that.
+            [[probe]] = model.generate(network, [run.dummy.example], 1, 1)
+            finite.append(bool(probe.logprobs.isfinite()))
+            require(all(gather(finite)), f"step {run.step}: weights are not finite and not saved: "
+                    "lower --learning_rate; --resume continues from the last checkpoint")
+            on_first_rank(shutil.rmtree, unfinished, True)
             on_first_rank(model.save_pretrained, network, unfinished, run.source)
         writer = dcp.HuggingFaceStorageWriter(str(unfinished / STATE), save_distributed=True)
         dcp.save(tensors(run), storage_writer=writer, no_dist=dist.get_world_size() == 1)
@@ -512,11 +521,11 @@ def save(run: Run):
         # The name must not reach the disk before the contents.
         os.sync()
         on_first_rank(os.rename, unfinished, final)
-    except (OSError, dcp.CheckpointException) as error:
+    except (OSError, dcp.CheckpointException, model.CheckpointError) as error:
         raise DataError(f"{final}: not written ({str(error)[-300:]}); --resume continues from the "
                         "last checkpoint") from None
     for old in on_first_rank(own_checkpoints, run.directory)[: -run.settings.keep]:
-        # By another name, because half of one must not look like a whole one.
+        # Renamed first: a half-deleted one must not look complete.
         on_first_rank(os.rename, old, unfinished)
         on_first_rank(shutil.rmtree, unfinished)
 
@@ -563,20 +572,23 @@ def resume(run: Run):
 
 
 def cut_logs(directory: Path, step: int):
-    """Drop what the logs say of later steps, which will be done again, and what a crash cut."""
+    """Drop log lines of later steps, which will be repeated, and those a crash cut off."""
     for name in LOGS:
         path = directory / f"{name}.jsonl"
+        if not path.exists():
+            continue
         kept = ""
-        if path.exists():
-            for line in path.read_text(errors="replace").splitlines(keepends=True):
-                is_whole = line.startswith("{") and line.endswith("}\n")
-                if is_whole and json.loads(line)["step"] <= step:
-                    kept += line
+        for line in path.read_text(errors="replace").splitlines(keepends=True):
+            is_whole = line.startswith("{") and line.endswith("}\n")
+            if is_whole and json.loads(line)["step"] <= step:
+                kept += line
         write_text(path, kept)
 
 
 def evaluate_held_out(run: Run, name: str):
     """Answer the held-out samples, if there are any; answers and metrics go to NAME.json."""
+    if not run.held_out:
+        return
     results = []
     size = 32 * dist.get_world_size()
     with gathered(run) as network:
@@ -589,9 +601,8 @@ def evaluate_held_out(run: Run, name: str):
             for problem in bad_rows:
                 require(run.settings.skip_bad_rows, f"{problem}; see --skip_bad_rows")
             results += found
-    if results:
-        content = {"metrics": metrics(results, run.processor.task), "answers": results}
-        on_first_rank(write_text, run.directory / f"{name}.json", json.dumps(content, indent=1))
+    content = {"metrics": metrics(results, run.processor.task), "answers": results}
+    on_first_rank(write_text, run.directory / f"{name}.json", json.dumps(content, indent=1))
 
 
 def log_step(run: Run, values: dict, timing: dict, records: list[dict]):
@@ -607,7 +618,7 @@ def log_step(run: Run, values: dict, timing: dict, records: list[dict]):
     metrics["style"] = visurf.preferred_style(run.votes)
     groups = records if run.step % 10 == 1 else []
     for group in groups[:1]:
-        print(data.printable(f"    {group['texts'][-1]!r} earns {group['rewards'][-1]}"))
+        print(data.printable(f"    {group['texts'][0]!r} earns {group['rewards'][0]}"))
     for name, entries in zip(LOGS, ([metrics], [timing], groups)):
         with open(run.directory / f"{name}.jsonl", "a") as file:
             for entry in entries:

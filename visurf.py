@@ -28,7 +28,7 @@ THINKING = {"thinking": 1.0}     # the reward components about thinking, and the
 
 
 def write_tight_lists(answer: list[dict]) -> str:
-    """As json.dumps does, but without the spaces between two numbers."""
+    """json.dumps without the space between two numbers."""
     return re.sub(r"(?<=\d), (?=-?\d)", ",", json.dumps(answer))
 
 
@@ -65,11 +65,9 @@ def style_of(answer_text: str) -> str | None:
     return matching[0] if len(matching) == 1 else None
 
 
-def preferred_style(votes: Counter, default: str = "spaced") -> str:
-    """The style with most votes, or `default` if there are none."""
-    # Of several styles with as many votes, max returns the first.
-    best = max(STYLES, key=lambda name: votes[name])
-    return best if votes[best] > 0 else default
+def preferred_style(votes: Counter) -> str:
+    """The style with most votes; of several, or without any vote, the first in STYLES."""
+    return max(STYLES, key=lambda name: votes[name])
 
 
 def align_label(answer: list[dict] | str, style: str) -> str:
@@ -87,7 +85,7 @@ def label_reward(components: dict, credit_thinking=False, thinking=THINKING) -> 
     >>> label_reward({"thinking": 0.0, "format": 2.0, "accuracy": 3.0})
     tensor(5., dtype=torch.float64)
     """
-    # A label has no thinking: paid for it all the same, it would teach the policy to stop thinking.
+    # A label has no thinking: rewarding it anyway would teach the policy to stop thinking.
     reward = torch.zeros((), dtype=torch.float64)
     for name, value in components.items():
         if name in thinking:
@@ -126,7 +124,7 @@ def group_advantages(rewards, eps: float = 1e-6) -> torch.Tensor:
     if N == 1:
         return torch.zeros_like(rewards)
     centred = rewards - rewards.mean(dim=-1, keepdim=True)                  # (..., N)
-    # A mean of N numbers is off by up to N roundings: what is no more than that is exactly 0.
+    # A mean of N numbers may be off by N roundings: smaller deviations count as exactly 0.
     rounding = N * torch.finfo(rewards.dtype).eps * rewards.abs().amax(dim=-1, keepdim=True)
     centred = torch.where(centred.abs() <= rounding, 0.0, centred)
     return centred / (rewards.std(dim=-1, keepdim=True) + eps)
@@ -156,7 +154,7 @@ def policy_gradient(advantages, mask, total) -> torch.Tensor:
 
 
 def sft_loss(logprobs, mask, total=None) -> torch.Tensor:
-    """Cross-entropy of labels, whose log-probs are (..., T): policy_gradient with advantages 1."""
+    """Cross-entropy of labels (..., T); its gradient is policy_gradient's with advantages 1."""
     return -masked_mean(logprobs, mask, total)
 
 

@@ -109,6 +109,9 @@ def run_jobs(jobs: list[Job]):
     with multiprocessing.get_context("fork").Pool(os.cpu_count(), maxtasksperchild=1) as pool:
         for _ in tqdm(pool.imap_unordered(run_job, waiting, chunksize=1), "runs", len(waiting)):
             pass
+        # Not only terminated: a worker of train.py's takes SIGTERM for a wish to save, and stays.
+        pool.close()
+        pool.join()
 
 
 def run_job(job: Job):

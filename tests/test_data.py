@@ -185,7 +185,7 @@ def test_open_image_gives_rgb_and_of_an_animation_the_first_picture(tmp_path):
     frames = [Image.new("RGB", (20, 10), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     assert (np.asarray(data.open_image(tmp_path / "a.gif")) == [255, 0, 0]).all()
-    assert data.image_size(tmp_path / "a.gif") == (20, 10)
+    assert data.open_image(tmp_path / "a.gif", only_size=True) == (20, 10)
 
 
 def test_an_image_that_claims_to_be_huge_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
@@ -204,7 +204,7 @@ def test_images_that_no_model_could_take_are_refused_by_name(load_processor, tmp
     (tmp_path / "cut.jpg").write_bytes(whole[:len(whole) // 2])
     names = ("deep.png", "float.tiff", "cut.jpg", "whole.jpg")
     file = write_rows(tmp_path, [train_row(image=name, solution="[]") for name in names])
-    assert "row 1: unreadable image (save it with 8 bits a colour)" in mistake(
+    assert "row 1: unreadable image (over 8 bits a colour: convert it)" in mistake(
         load_samples, file, GROUNDING)
     cut, whole = load_samples(file, GROUNDING, skip_bad_rows=True)
     processor = load_processor("qwen2_vl", image_size=(56, 56))
@@ -262,15 +262,15 @@ def test_the_quokka_box_survives_the_way_to_the_model_and_back(load_processor, t
     box = json.loads((SHARED / "images" / "quokka_annotations.json").read_text())
     box = [box["bounding_boxes"][0][name] for name in ("x1", "y1", "x2", "y2")]
     save_turned(Image.open(SHARED / "images" / "quokka.jpg"), orientation, tmp_path / "quokka.jpg")
-    assert data.image_size(tmp_path / "quokka.jpg") == (960, 643)
+    assert data.open_image(tmp_path / "quokka.jpg", only_size=True) == (960, 643)
     row = {"text": "the quokka", "image": "quokka.jpg", "bbox": box}
     [sample] = load_samples(write_rows(tmp_path, [row]), GROUNDING, "test")
     example = load_processor(family, **settings).encode(sample)
-    assert example.size == (960, 643) and example.truth[0]["bbox_2d"] == box
+    assert sample.size == (960, 643) and in_original(example)[0]["bbox_2d"] == box
     if family != "qwen2_5_vl":
         assert example.frame == (1000, 1000)
-    [back] = example.to_original(example.label)
-    step = np.divide(example.size * 2, example.frame * 2)
+    [back] = data.move_objects(example.label, example.frame, sample.size)
+    step = np.divide(sample.size * 2, example.frame * 2)
     assert (np.abs(np.subtract(back["bbox_2d"], box)) <= step / 2 + 1e-9).all()
 
 
@@ -293,7 +293,7 @@ def test_boxes_land_on_the_pixels_the_model_sees(load_processor, tmp_path, orien
     assert example.frame == (grid_w * 14, grid_h * 14)
     found = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
     assert iou(found, example.label[0]["bbox_2d"]) > 0.95
-    assert example.truth[0]["bbox_2d"] == [80, 60, 360, 180] and example.size == (800, 480)
+    assert in_original(example)[0]["bbox_2d"] == [80, 60, 360, 180] and sample.size == (800, 480)
 
 
 # ---- Prompts and tokens --------------------------------------------------------------------------
@@ -364,6 +364,11 @@ def test_a_prompt_that_is_too_long_names_the_sample_and_both_numbers(load_proces
     assert f"--max_prompt_length {length - 1}" in message
 
 
+def in_original(example):
+    """The label in pixels of the original image, as eval.py reports it."""
+    return data.move_objects(example.sample.label, example.sample.frame, example.sample.size)
+
+
 def drop(name):
     return lambda folder: (folder / name).unlink()
 
@@ -380,6 +385,9 @@ def change(name, **entries):
     lambda folder: (folder / "config.json").write_text("{"),
     lambda folder: (folder / "preprocessor_config.json").write_text("[]"),
     change("config.json", model_type="llama"),
+    change("config.json", image_token_id=1),
+    change("preprocessor_config.json", patch_size=16),
+    change("preprocessor_config.json", merge_size=1),
     change("chat_template.json", chat_template="no image"),
     change("tokenizer_config.json", tokenizer_class="NoTokenizer"),
     lambda folder: [file.unlink() for file in folder.glob("[vmt]*")]])
@@ -412,7 +420,7 @@ def test_labels_without_alignment_are_the_data_sets_bytes(load_processor, shared
     samples += load_samples(shared / "digits", GROUNDING, limit=40)
     assert any(not s.label for s in samples) and any(len(s.label) > 2 for s in samples)
     for sample in samples:
-        processor = load_processor("qwen2_5_vl", image_size=data.image_size(sample.image))
+        processor = load_processor("qwen2_5_vl", image_size=data.open_image(sample.image, only_size=True))
         assert processor.encode(sample).written_label() == f"<answer>{sample.solution}</answer>"
         example = load_processor("qwen2_vl", image_size=(56, 56)).encode(sample)
         if sample.label:
@@ -470,12 +478,12 @@ def test_the_authors_layouts(shared):
     for folder in ("train", "train_disk"):
         first, second = load_samples(shared / "parquet" / folder, GROUNDING)
         assert first.label == [{"bbox_2d": [130, 65, 481, 839], "point_2d": [274, 353]}]
-        assert first.frame == data.image_size(first.image) == (840, 840)
+        assert first.frame == data.open_image(first.image, only_size=True) == (840, 840)
         assert first.size == (960, 643) and (first.id, second.id) == ("quokka_0", "SOAP_061_alive")
     for folder in ("test", "test_disk"):
         [test] = load_samples(shared / "parquet" / folder, GROUNDING, "test")
         assert test.label == [{"bbox_2d": [148, 50, 550, 642], "point_2d": [349, 346]}]
-        assert test.size == test.frame == data.image_size(test.image) == (960, 643)
+        assert test.size == test.frame == data.open_image(test.image, only_size=True) == (960, 643)
     trained = move_objects(first.label, (840, 840), first.size)[0]["bbox_2d"]
     assert iou(trained, test.label[0]["bbox_2d"]) > 0.98, "the same quokka in both layouts"
     for folder in ("train", "train_disk"):
@@ -638,7 +646,7 @@ def test_sources_that_are_not_there(tmp_path, monkeypatch):
     for source in ("nowhere.jsonl", "data/nowhere", tmp_path / "a" / "b", tmp_path / "folder",
                    tmp_path / "rows.csv", tmp_path / "cut.parquet"):
         assert f"{source}: no readable train data" in complaint(source)
-        assert "--data" in complaint(source)
+        assert "a file, a folder or a hub id" in complaint(source)
     assert GROUNDING.data in complaint(None) and GROUNDING.eval_data in complaint(None, "test")
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert "pip install datasets" in complaint("owner/name")

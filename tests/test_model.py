@@ -424,6 +424,9 @@ def test_rows_past_the_tokenizer_are_forbidden(tmp_path):
     assert network.forbidden_tokens == [3, 4, 5, 6, 7]
     network.config.text_config.vocab_size = 180
     assert model.special_tokens(TINY, network.config)[1] == [3, 4, 5, 6, 7, 174, 175, 176, 177, 178, 179]
+    network.config.text_config.vocab_size = 173
+    with pytest.raises(ValueError, match="174 words"):
+        model.special_tokens(TINY, network.config)
 
 
 @pytest.mark.parametrize("damage, message", [

@@ -13,13 +13,15 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 from conftest import ROOT
 
 import rewards
-from rewards import RANGES, THINKING, Thresholds, has_thinking, iou, match, non_repeat, read_answer, same_answer, score
+import visurf
+from rewards import RANGES, Thresholds, has_thinking, iou, match, non_repeat, read_answer, same_answer, score
 
 MAX_REWARD = sum(high for _, high in RANGES.values())
 DOG = {"bbox_2d": [100, 100, 300, 300], "point_2d": [200, 200]}
@@ -109,7 +111,7 @@ def test_tasks_think_and_errors():
     assert score(completion([DOG]), [DOG], task="digits") == score(completion([DOG]), [DOG], task="grounding")
     without = score(completion([DOG]), [DOG], think=False)
     assert without == {"format": 2.0, "accuracy": 3.0, "non_repeat": 1.0}
-    assert set(RANGES) - set(without) == set(THINKING)
+    assert set(RANGES) - set(without) == set(visurf.THINKING)
     with pytest.raises(KeyError, match="bbox_2d"):
         score(completion([DOG]), [DOG, {"box": [1, 2, 3, 4]}])
 
@@ -361,7 +363,7 @@ def test_counting(said, label, expected):
 
 
 # ---- Mathematics -----------------------------------------------------------------------------------------------------
-needs_math_verify = pytest.mark.skipif(rewards.find_spec("math_verify") is None, reason="math-verify is not installed")
+needs_math_verify = pytest.mark.skipif(find_spec("math_verify") is None, reason="math-verify is not installed")
 
 
 @needs_math_verify
@@ -415,7 +417,7 @@ def test_pairs_of_short_answers(same, pairs):
 
 def test_a_label_equals_itself_without_any_help(monkeypatch):
     """Issue 14: `B. 24`, `A. 12` and `{1,2}` did not. Math-verify is not asked."""
-    monkeypatch.setattr(rewards, "require_math_verify", lambda: pytest.fail("not needed"))
+    monkeypatch.setitem(sys.modules, "math_verify", None)
     for label in ("B. 24", "A. 12", "{1,2}", "24", "a dog", r"\frac{1}{2}", r"9^{9^{9^9}}", "100!", r"\begin{x}", "½",
                   "?", "x" * 5000,
                   r"\text{(B)}", "A.", "12 cm", "(1, 2]", "$", "1,234 %", "\ud800"):
@@ -453,7 +455,7 @@ EXPENSIVE = [
 
 def test_expensive_expressions_never_reach_math_verify(monkeypatch):
     r"""`\boxed{9^{9^{9^9}}}` took 8.5 s: a huge power is one step, which neither an alarm nor Ctrl-C interrupts."""
-    monkeypatch.setattr(rewards, "require_math_verify", lambda: pytest.fail("asked"))
+    monkeypatch.setitem(sys.modules, "math_verify", None)
     for text in EXPENSIVE:
         assert rewards.COSTLY.search(rewards.plain_text(text)), text
         assert not same_answer(text, "1") and not same_answer("1", text)
@@ -487,15 +489,6 @@ def test_what_takes_math_verify_too_long_is_not_equal(monkeypatch):
 
     monkeypatch.setattr(math_verify.parser, "latex2sympy", never_ends)
     assert not same_answer("17x", "18x")
-
-
-def test_without_math_verify_there_is_one_clear_line(monkeypatch):
-    monkeypatch.setattr(rewards, "find_spec", lambda name: None)
-    for call in (rewards.require_math_verify, lambda: same_answer("1/2", "0.5")):
-        with pytest.raises(ValueError, match="pip install math-verify") as error:
-            call()
-        assert "\n" not in str(error.value)
-    assert same_answer("12", "12.")
 
 
 def random_expression(rng: random.Random) -> str:

@@ -236,7 +236,7 @@ def test_labels_survive_the_real_tokenizer(load, real_processor, task):
     ("medical", "json lines", "--no-think"), ("counting", "json lines", "--think"), ("math", "parquet", "--think")])
 def test_train_and_evaluate_from_files(tmp_path, capsys, task, layout, think):
     files = {split: str(write(make_rows(task, split), layout, tmp_path / split, split)) for split in ("train", "test")}
-    common = ["--task", task, think, "--image_size", "48", "--max_completion_length", "8"]
+    common = ["--task", task, think, "--image_size", "48", "--max_completion_length", "200"]
     train.main([*common, "--model", str(TINY), "--data", files["train"], "--eval_data", files["test"],
                 "--max_steps", "2", "--batch_size", "2", "--num_generations", "2", "--micro_batch_size", "2",
                 "--output_dir", str(tmp_path / "run")])

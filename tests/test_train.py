@@ -150,7 +150,8 @@ def test_real_files(tmp_path, family):
     pytest.importorskip("datasets")
     checkpoint = real_checkpoint(tmp_path / family, family)
     directory = run(tmp_path, "--task", "grounding", "--model", checkpoint, "--image_size", "168",
-                    "--data", SHARED / "digits/digits_train.parquet", "--max_completion_length", 8,
+                    "--data", SHARED / "digits/digits_train.parquet", "--skip_bad_rows",
+                    "--max_completion_length", 40,
                     "--eval_data", SHARED / "digits/digits_test.parquet", "--eval_samples", 2,
                     "--learning_rate", "1e-3")
     answers = json.loads((directory / "after.json").read_text())["answers"]
@@ -282,15 +283,19 @@ def test_what_a_crash_left_of_the_logs_is_dropped(tmp_path, one_step):
 def test_every_sample_once_an_epoch():
     run_ = make_run()
     run_.samples = run_.samples[:7]
-    run_.processor = SimpleNamespace(encode=lambda sample: sample.id)
-    stream = [group.example for group in train.encode_share(run_, range(21))[0]]
-    assert len({sample.id for sample in run_.samples}) == 7
+    names = {sample.id for sample in run_.samples}
+    assert len(names) == 7
+
+    def stream(*places):
+        return [group.example.sample.id for group in train.encode_share(run_, range(*places))[0]]
+
+    whole = stream(21)
     for first in (0, 7, 14):
-        assert set(stream[first : first + 7]) == {sample.id for sample in run_.samples}
-    assert stream[:7] != stream[7:14]
-    assert [group.example for group in train.encode_share(run_, range(5, 11))[0]] == stream[5:11]
+        assert set(whole[first : first + 7]) == names
+    assert whole[:7] != whole[7:14]
+    assert stream(5, 11) == whole[5:11]
     run_.settings.seed = 4
-    assert [group.example for group in train.encode_share(run_, range(21))[0]] != stream
+    assert stream(21) != whole
 
 
 # ---- One step ------------------------------------------------------------------------------------
@@ -562,6 +567,21 @@ def test_an_image_that_breaks_late_keeps_what_was_learnt(tmp_path, capsys):
     run(tmp_path, *flags, "--skip_bad_rows", "--max_steps", 8, "--resume", name="skipping")
     counts = [m["skipped_rows"] for m in records(directory)]
     assert counts[:6] == resumed and sum(counts) == 4
+
+
+def test_a_label_that_cannot_be_earned_is_refused(tmp_path, capsys):
+    """Issue 14, 12: longer than --max_completion_length, however it is written."""
+    line = expect_exit(tmp_path, capsys, "--max_completion_length", 10)
+    assert "row" in line and "--max_completion_length" in line
+
+
+def test_flags_that_change_on_resume_are_said(tmp_path, capsys):
+    run(tmp_path, "--max_steps", 1)
+    capsys.readouterr()
+    run(tmp_path, "--max_steps", 2, "--learning_rate", 1e-3, "--resume")
+    said = [line for line in capsys.readouterr().out.splitlines() if "from here on" in line]
+    assert said == ["--max_steps 2 from here on, before it was 1",
+                    "--learning_rate 0.001 from here on, before it was 0.0002"]
 
 
 def test_an_evaluation_that_fails_between_steps_loses_no_step(tmp_path, capsys):

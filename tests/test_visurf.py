@@ -94,8 +94,6 @@ def test_the_majority_writes_the_label():
     assert votes[None] == 3 and preferred_style(votes) == "compact"
     assert preferred_style(Counter({"indented": 2, "compact": 2, "spaced": 1})) == "compact", "the earlier in STYLES"
     assert preferred_style(Counter()) == preferred_style(Counter({None: 9, "gone": 9})) == "spaced"
-    assert preferred_style(Counter(), default="indented") == "indented"
-    assert preferred_style(Counter({"compact": 1}), default="indented") == "compact"
 
 
 def test_an_answer_in_words_stays_as_it_is():
