@@ -25,8 +25,6 @@ from PIL import Image, ImageOps
 import rewards
 
 ASSETS = Path(__file__).resolve().parent / "assets"
-COLUMNS = {"id", "image_id", "problem", "text", "solution", "bbox", "answer", "count", "choices",
-           "frame", "img_width", "img_height", "image", "images"}      # see docs/data.md
 # Answers are in "pixels" of the image that the model sees, or run from 0 to 1000 ("relative").
 COORDINATES = {"qwen2_vl": "relative", "qwen2_5_vl": "pixels", "qwen3_vl": "relative"}
 
@@ -54,9 +52,8 @@ BOXES = ("For each give its bounding box [x1, y1, x2, y2] and one point [x, y] o
          "numbers: x runs from 0 at the left edge to {width} at the right, y from 0 at the top "
          "to {height} at the bottom. If there is nothing to find, the list is []. ")
 FIND = 'Find everything in the image that matches "{question}". ' + BOXES
-THINK = ("First reason about what you see, between <think> and </think>. Then write the answer, "
-         "between <answer> and </answer>. For example: <think>your reasoning</think>{example}")
-ANSWER = "Write only the answer, between <answer> and </answer>. For example: {example}"
+FORMAT = ("First reason about what you see, between <think> and </think>. Then write the answer, "
+          "between <answer> and </answer>. For example: <think>your reasoning</think>{example}")
 
 
 @dataclass(frozen=True)
@@ -72,7 +69,8 @@ class Task:
     eval_data: str = ""
     columns: tuple = ("solution", "bbox")     # the label is in the first that a row has
     metrics: tuple = ("accuracy", "one_to_one", "gIoU", "cIoU", "N-Acc")     # the main one first
-    image_size: tuple | None = (840, 840)     # every image is resized to this; None: keep its shape
+    image_size: int = 840         # images become squares of this side,
+    keep_shape: bool = False      # or keep their shape, with as many pixels at most
     thresholds: rewards.Thresholds = rewards.Thresholds()
     recipe: dict = field(default_factory=dict)        # where train.py's defaults do not suit
 
@@ -91,12 +89,12 @@ TASKS = {task.name: task for task in (
          columns=("solution", "bbox", "answer", "count"), metrics=("count_acc", "MAE", "RMSE")),
     # Images keep their shape: a squashed drawing has other angles.
     Task("math", "{question}\nLook at the image, and put the final answer into \\boxed{{}}. ",
-         data="hiyouga/geometry3k", eval_data="hiyouga/geometry3k", image_size=None,
+         data="hiyouga/geometry3k", eval_data="hiyouga/geometry3k", keep_shape=True,
          example=r"<answer>\boxed{24}</answer>", columns=("answer", "solution"),
-         metrics=("accuracy",), recipe={"max_pixels": 1_003_520, "max_completion_length": 1024}),
+         metrics=("accuracy",), recipe={"max_completion_length": 1024}),
     # Bundled: its small network knows some hundred words. Thresholds: 2 and 4 pixels of 48.
     Task("digits", "{question}", example="", model=str(ASSETS / "tiny-qwen2-vl"),
-         data=str(ASSETS / "digits"), eval_data=str(ASSETS / "digits"), image_size=(48, 48),
+         data=str(ASSETS / "digits"), eval_data=str(ASSETS / "digits"), image_size=48,
          thresholds=rewards.Thresholds(box_l1=2 * 840 / 48, point=4 * 840 / 48),
          recipe={"learning_rate": 2e-4, "max_steps": 240, "batch_size": 8, "micro_batch_size": 8,
                  "max_completion_length": 64, "checkpoint_activations": False}),
@@ -115,8 +113,7 @@ class Sample:
     frame: tuple                  # the label's coordinates run to this
     size: tuple                   # of the original image, in whose pixels predictions are reported
     where: str = ""               # file and row
-    solution: str | None = None   # the label as the data set wrote it, if that is JSON text
-    choices: list | None = None   # the texts of A, B, ...
+    choices: list = field(default_factory=list)      # the texts of A, B, ...
 
 
 class Dataset(list):
@@ -178,7 +175,7 @@ def open_table(path: Path, split: str):
         raise DataError(f"{path}: no readable {split} data ({error!r:.300}); it must be a file, "
                         "a folder or a hub id (all but .jsonl: pip install datasets)") from None
     # Arrow's format leaves images encoded, so that a damaged one stops nothing before its turn.
-    return table.select_columns(sorted(COLUMNS & {*table.column_names})).with_format("arrow")
+    return table.with_format("arrow")
 
 
 def read_row(rows, number: int) -> dict:
@@ -214,8 +211,7 @@ def read_sample(rows, number: int, path: Path, task: Task) -> Sample:
             "a control token or half a character in the question or the answer")
     where = f"{path}, row {number + 1}"
     name = str(row.get("id") or row.get("image_id") or where)
-    return Sample(name, question, image, label, tuple(frame), original, where,
-                  row.get("solution"), choices or None)
+    return Sample(name, question, image, label, tuple(frame), original, where, choices)
 
 
 def read_label(row: dict, task: Task, choices: list, frame) -> list[dict] | str:
@@ -324,36 +320,20 @@ class Example:
     label: list[dict] | str       # in `frame`, whole numbers
     frame: tuple                  # the model's: its prompt, answers and label run to this
 
-    def written_label(self) -> str:
-        """The label as the data set wrote it, or by json.dumps if the model needs other numbers."""
-        text = self.label
-        if isinstance(text, list):
-            text = self.sample.solution
-            if not isinstance(text, str) or json.loads(text) != self.label:
-                text = json.dumps(self.label)
-        return f"<answer>{text}</answer>"
-
 
 class Processor:
     """Turns samples into a checkpoint's inputs, and completions into text and rewards."""
 
-    @classmethod
-    def from_pretrained(cls, path, task: Task, think=True, image_size=None, max_pixels=None,
-                        max_prompt_length=None) -> "Processor":
-        """Read the files beside a checkpoint's weights. think: ask for reasoning first.
-
-        Images get image_size, else the task's; given max_pixels instead, they keep their shape.
-        """
+    def __init__(self, path, task: Task, image_size=None, max_prompt_length=None):
+        """Read the files beside a checkpoint's weights; image_size replaces the task's."""
         from transformers import AutoTokenizer, Qwen2VLImageProcessorPil     # takes seconds
-        self = cls()
         self.task = task
-        self.think = think
-        self.image_size = image_size or (None if max_pixels else task.image_size)
+        self.image_size = image_size or task.image_size
         self.max_prompt_length = max_prompt_length
-        limits = {"max_pixels": max_pixels} if max_pixels else {}
         try:
             config = json.loads(Path(path, "config.json").read_text("utf-8"))
             self.coordinates = config.get("coordinates") or COORDINATES[config["model_type"]]
+            limits = {"max_pixels": self.image_size ** 2} if task.keep_shape else {}
             self.images = Qwen2VLImageProcessorPil.from_pretrained(path, **limits)
             self.tokenizer = AutoTokenizer.from_pretrained(path)
             template = Path(path, "chat_template.json")
@@ -371,19 +351,17 @@ class Processor:
         except Exception as error:       # foreign files make their readers raise nearly anything
             raise DataError(f"{path}: not a complete Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint "
                             f"({error!r:.300}); give one with --model") from None
-        return self
 
     def encode(self, sample: Sample) -> Example:
         """Image, prompt and label as the network takes them; a long prompt is never truncated."""
         patch, merge = self.images.patch_size, self.images.merge_size
         try:
             image = open_image(sample.image)
-            if self.image_size:
+            if not self.task.keep_shape:
                 # In whole patches, which merge into whole tokens.
-                tokens = np.round(np.broadcast_to(self.image_size, 2) / (patch * merge)).clip(1)
-                sides = (tokens * patch * merge).astype(int)
-                image = image.resize(sides, Image.Resampling.BICUBIC)
-            inputs = self.images(image, do_resize=not self.image_size, return_tensors="pt")
+                side = max(round(self.image_size / (patch * merge)), 1) * patch * merge
+                image = image.resize((side, side), Image.Resampling.BICUBIC)
+            inputs = self.images(image, do_resize=self.task.keep_shape, return_tensors="pt")
         except ValueError as error:
             raise DataError(f"{sample.where}: {error}") from None
         _, rows, columns = inputs["image_grid_thw"][0].tolist()
@@ -391,7 +369,7 @@ class Processor:
 
         text = self.task.instruction
         if self.task.example:
-            text += THINK if self.think else ANSWER
+            text += FORMAT
         text = text.format(question=sample.question, width=frame[0], height=frame[1],
                            example=self.task.example)
         turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
@@ -425,7 +403,7 @@ class Processor:
     def score(self, completion: str, example: Example) -> dict[str, float]:
         """The reward components of a completion: see rewards.py."""
         return rewards.score(completion, example.label, self.task.name, example.frame,
-                             self.task.thresholds, self.think, example.sample.choices)
+                             self.task.thresholds, example.sample.choices)
 
 
 def fetch(name, kind: str) -> Path:

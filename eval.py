@@ -29,10 +29,9 @@ import model
 import rewards
 
 
-def option(default, help: str, choices=None, low=0, high=1e9):
-    """A field of Settings, which is a flag; numbers must be from low to high."""
-    return field(default=default, metadata={"help": help, "choices": choices, "low": low,
-                                            "high": high})
+def option(default, help: str, choices=None, low=0):
+    """A field of Settings, which is a flag; numbers must be at least `low`."""
+    return field(default=default, metadata={"help": help, "choices": choices, "low": low})
 
 
 @dataclass
@@ -45,10 +44,8 @@ class Settings:
     split: str = option("test", "of the data", choices=("train", "validation", "test"))
     limit: int = option(0, "only the first so many samples, 0: all")
     eval_batch_size: int = option(32, "prompts answered at a time", low=1)
-    max_completion_length: int = option(512, "longest answer in tokens", low=1, high=32768)
-    think: bool = option(True, "ask for reasoning before the answer")
-    image_size: int = option(0, "side of the squares images become, if not the task's", high=8192)
-    max_pixels: int = option(0, "keep the shape of images, with at most this many pixels")
+    max_completion_length: int = option(512, "longest answer in tokens", low=1)
+    image_size: int = option(0, "side of images in pixels, if not the task's")
     skip_bad_rows: bool = option(False, "leave out rows that cannot be used, and count them")
     output_dir: str = option("", "of answers.json, if not runs/eval-TASK-MODEL")
 
@@ -68,8 +65,7 @@ def run(settings: Settings):
     samples = data.load_samples(settings.data, task, settings.split, settings.limit or None,
                                 settings.skip_bad_rows)
     checkpoint = data.fetch(source, "model")
-    processor = data.Processor.from_pretrained(checkpoint, task, settings.think,
-                                               settings.image_size, settings.max_pixels)
+    processor = data.Processor(checkpoint, task, settings.image_size)
     # Check before the work that the result can be written.
     data.require(not answers.exists(), f"{answers} is there already: give another --output_dir")
     on_first_rank(write_text, answers.with_name("config.json"), json.dumps(asdict(settings)))
@@ -95,36 +91,27 @@ def write_text(path: Path, text: str):
     os.replace(unfinished, path)
 
 
-def read_json(path: Path) -> dict:
-    """The object in a file that a run wrote; DataError if the file was damaged."""
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        content = error
-    data.require(isinstance(content, dict), f"{path}: damaged ({content!r:.80}); delete it")
-    return content
-
-
-def evaluate(network, processor, samples, max_new_tokens=512, batch_size=32, progress=True):
+def evaluate(network, processor, samples, max_new_tokens=512, batch_size=32, between=None):
     """Answer samples greedily: each rank its share, all results on all ranks, in samples' order.
 
-    Also returns a line on each sample whose image or prompt cannot be used. Raises CheckpointError
-    if a log-prob is not finite, for the answers would mean nothing.
+    Also returns a line on each sample whose image or prompt cannot be used. between(), if given, is
+    called before each batch, on all ranks together. Raises CheckpointError if a log-prob is not
+    finite, for the answers would mean nothing.
     """
     results = []
     bad_rows = []
     shared = share(samples)
-    # None: a bar in a terminal only.
-    quiet = None if progress and is_first() else True
-    for first in tqdm(range(0, len(shared), batch_size), "evaluating", leave=False, disable=quiet):
+    # All ranks take as many turns as the one with the largest share. None: a bar in terminals only.
+    turns = range(0, math.ceil(len(samples) / world()[1]), batch_size)
+    for first in tqdm(turns, "evaluating", leave=False, disable=None if is_first() else True):
+        if between is not None:
+            between()
         examples = []
         for sample in shared[first : first + batch_size]:
             try:
                 examples.append(processor.encode(sample))
             except data.DataError as error:
                 bad_rows.append(str(error))
-        if not examples:
-            continue
         completions = model.generate(network, examples, 1, max_new_tokens, temperature=0)
         for example, [completion] in zip(examples, completions):
             results.append(make_result(processor, example, completion))
@@ -153,8 +140,6 @@ def make_result(processor, example, completion) -> dict:
 
 
 # ---- Metrics -----------------------------------------------------------------------------------
-
-
 def metrics(results: list[dict], task: data.Task) -> dict:
     """The task's metrics and a few of every task, each a mean over the samples that have it.
 
@@ -168,9 +153,9 @@ def metrics(results: list[dict], task: data.Task) -> dict:
     if means.get("union"):
         # All intersections over all unions: large objects weigh more than in gIoU.
         means["cIoU"] = means["intersection"] / means["union"]
-    if "sensitivity" in means and "specificity" in means:
+    if "found" in means and "N-Acc" in means:
         # Answers say yes or no, so the ROC curve has one corner.
-        means["ROC-AUC"] = (means["sensitivity"] + means["specificity"]) / 2
+        means["ROC-AUC"] = (means["found"] + means["N-Acc"]) / 2
     if "squared_error" in means:
         means["RMSE"] = math.sqrt(means["squared_error"])
     names = (*task.metrics, "well_formed", "thinking", "truncated", "length", "reward")
@@ -202,12 +187,12 @@ def measure(result: dict) -> dict[str, float]:
     scores |= {"intersection": intersection, "union": union}
     if not label:
         # Only [] is right where there is nothing: N-Acc is the share of those samples.
-        names = ("accuracy", "one_to_one", "gIoU", "N-Acc", "anomaly_acc", "specificity")
+        names = ("accuracy", "one_to_one", "gIoU", "N-Acc", "anomaly_acc")
         return scores | dict.fromkeys(names, float(predicted == []))
     # Something is there. Anomalies: something listed is taken for a defect.
     found = float(bool(predicted))
     overlap = intersection / union if union else 0.0
-    scores |= {"anomaly_acc": found, "sensitivity": found, "gIoU": overlap}
+    scores |= {"anomaly_acc": found, "found": found, "gIoU": overlap}
 
     boxes = numbers_of(predicted, "bbox_2d", 4)  # (n, 4)
     true_boxes = numbers_of(label, "bbox_2d", 4)  # (m, 4)
@@ -246,25 +231,17 @@ def paint(objects, size) -> np.ndarray:
 
 def format_table(columns: dict[str, dict]) -> str:
     """A row for each metric, with its value in every column: {title: metrics}."""
-    rows = [" " * 12]
-    names = {}
-    for title, column in columns.items():
-        rows[0] += f"{title:>10}"
-        names |= column
-    for name in names:
+    rows = [f"{'':12}" + "".join(map("{:>10}".format, columns))]
+    for name in [*columns.values()][-1]:
         row = f"{name:12}"
-        # Most metrics are shares of the samples.
-        form = ",.1f" if name in ("MAE", "RMSE", "length", "reward", "samples") else ".1%"
         for column in columns.values():
             value = column.get(name)
-            row += f"{'-' if value is None else format(value, form):>10}"
+            row += f"{'-' if value is None else format(value, '.4g'):>10}"
         rows.append(row)
     return "\n".join(rows)
 
 
 # ---- Flags, and one process or many ------------------------------------------------------------
-
-
 class Parser(argparse.ArgumentParser):
     """argparse, but a mistake is one line, printed by one rank, and exit code 2."""
 
@@ -289,9 +266,9 @@ def parse(settings_class, argv, program: str):
     settings = settings_class(**vars(parser.parse_args(argv)))
     for setting in fields(settings_class):
         value = getattr(settings, setting.name)
-        low, high = setting.metadata["low"], setting.metadata["high"]
-        if setting.type in (int, float) and not low <= value <= high:
-            parser.error(f"--{setting.name} must be from {low:g} to {high:g}, not {value}")
+        low = setting.metadata["low"]
+        if setting.type in (int, float) and not value >= low:
+            parser.error(f"--{setting.name} must be at least {low}, not {value}")
     return settings
 
 
@@ -308,8 +285,6 @@ def run_program(program: str, function, *args):
         if first:
             print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -28,14 +28,12 @@ Shapes
 """
 
 import shutil
-import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType
 from typing import NamedTuple
 
 import torch
-import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
@@ -59,18 +57,21 @@ class GroupPolicy(nn.Module):
         super().__init__()
         self.vlm = vlm
         self.config = vlm.config
+        for module in vlm.modules():
+            if type(module).__name__.endswith("RMSNorm"):
+                module.forward = MethodType(fused_rms_norm, module)
+            if type(module).__name__.endswith("PatchEmbed"):
+                module.forward = MethodType(patch_product, module)
         # Any of these ends a completion.
         self.stop_tokens: list[int] = []
         # These have probability 0: vision tokens, and embedding rows past the tokenizer's last.
         self.forbidden_tokens: list[int] = []
 
-    def forward(self, batch, completions, mask, temperature=1.0, gradient=None):
+    def forward(self, batch, completions, mask, temperature=1.0):
         """Float32 log-probs (B, N, T) of completions (B, N, T) under softmax(logits / temperature).
 
         mask (B, N, T) is True on a completion's tokens; padding, which must follow them (else
         ValueError), gets 0. Forbidden tokens are left out of the softmax, as in sampling.
-        gradient (B, N, T): d loss / d log-probs, if known in advance; it saves a pass through the
-        output head (see TokenLogProbs).
         """
         if (mask[:, :, 1:] & ~mask[:, :, :-1]).any():
             raise ValueError("mask has tokens after padding: leave them out of the loss instead")
@@ -92,11 +93,9 @@ class GroupPolicy(nn.Module):
         states[:, :, 1:][real] = hidden[B * P :]
 
         # Only the tokens that count go through the output head.
-        if gradient is not None:
-            gradient = gradient[mask]
         forbidden = torch.tensor(self.forbidden_tokens, dtype=torch.long, device=mask.device)
         values = TokenLogProbs.apply(states[mask], self.vlm.lm_head.weight, completions[mask],
-                                     temperature, forbidden, gradient)  # (M,)
+                                     temperature, forbidden)  # (M,)
         return values.new_zeros(B, N, T).masked_scatter(mask, values)
 
     def hidden_states(self, batch, positions, attend, completion_ids=None) -> torch.Tensor:
@@ -164,6 +163,7 @@ def group_attention(module, query, key, value, attention_mask, attend=None, **kw
 
 
 transformers.AttentionInterface.register("visurf", group_attention)
+ATTENTION = {"text_config": "visurf", "vision_config": "sdpa"}
 
 
 class GroupAttention:
@@ -250,14 +250,14 @@ class KVCache:
         self.used = 0  # how many slots attention reads
         # t on the device, where a captured graph can see it change.
         self.slot = torch.zeros(1, dtype=torch.long, device=lengths.device)
-        self.prompts = [None] * num_layers  # keys (B*K, E, P), values (B*K, P, E)
+        self.prompts = [None] * num_layers  # keys (B, K, E, P), values (B, K, P, E)
         self.rows = [None] * num_layers  # keys and values (B, K, N, max_tokens, E)
 
     def store_prompts(self, layer: int, k, v):
         """Keep a layer's prompt keys and values, (B, K, P, E) each."""
         B, self.K, self.P, E = k.shape
         # Keys are transposed once, into the layout that every later product reads.
-        self.prompts[layer] = (k.mT.flatten(0, 1).contiguous(), v.flatten(0, 1).contiguous())
+        self.prompts[layer] = (k.mT.contiguous(), v.contiguous())
         self.rows[layer] = k.new_zeros(2, B, self.K, self.N, self.max_tokens, E).unbind()
         if layer == 0:
             self.make_mask()
@@ -290,7 +290,7 @@ class KVCache:
         keys, values = self.rows[layer]
         keys.index_copy_(3, self.slot, k.view(K, B, N, 1, E).transpose(0, 1))
         values.index_copy_(3, self.slot, v.view(K, B, N, 1, E).transpose(0, 1))
-        prompt_k, prompt_v = self.prompts[layer]
+        prompt_k, prompt_v = (x.flatten(0, 1) for x in self.prompts[layer])
 
         # (K, g, B, N, E) -> (B, K, N, g, E): the queries of a prompt's rows stand together.
         q = (q * E**-0.5).view(K, g, B, N, E).permute(2, 0, 3, 1, 4).reshape(B * K, N * g, E)
@@ -306,18 +306,13 @@ class KVCache:
         output = torch.baddbmm(output.view(-1, g, E), own_weights, own_values)  # (B*K*N, g, E)
         return output.view(B, K, N, g, E).transpose(1, 2).reshape(B * N, K * g, E)
 
-    def keep(self, prompts, rows):
-        """Go on with some prompts (B',) and rows (B', N') only: finished rows cost no more."""
-        prompt_heads = prompts[:, None] * self.K + torch.arange(self.K, device=rows.device)
-        prompt_heads = prompt_heads.flatten()  # (B'*K,)
-        # Layer by layer, for two copies of the whole cache would be much memory.
-        for layer, pair in enumerate(self.rows):
-            kept = [x.transpose(1, 2)[rows // self.N, rows % self.N] for x in pair]
-            self.rows[layer] = [x.transpose(1, 2).contiguous() for x in kept]
-            if len(prompts) < self.B:
-                self.prompts[layer] = [x[prompt_heads] for x in self.prompts[layer]]
+    def keep(self, prompts):
+        """Go on with some of the prompts, (B',), and their rows only."""
+        for layer in range(len(self.rows)):
+            self.prompts[layer] = [x[prompts] for x in self.prompts[layer]]
+            self.rows[layer] = [x[prompts] for x in self.rows[layer]]
         self.lengths = self.lengths[prompts]
-        self.B, self.N = rows.shape
+        self.B = len(prompts)
         self.make_mask()
 
 
@@ -325,83 +320,60 @@ class KVCache:
 
 
 class TokenLogProbs(torch.autograd.Function):
-    """log softmax(hidden @ weight.T / temperature)[targets], (M,) float32, chunk by chunk.
+    """log softmax(hidden @ weight.T / temperature)[targets], (M,) float32.
 
-    hidden (M, D), weight (V, D), targets (M,). No logits are stored, so memory does not grow with
-    M * V: the backward pass computes them once more. Where the loss's gradient by the log-probs
-    is known beforehand, `gradient` (M,), not even that is needed: the forward pass then computes
-    log-probs and gradients from the same logits.
+    hidden (M, D), weight (V, D), targets (M,). Logits live for 256 tokens at a time and are
+    computed again in the backward pass, so memory does not grow with M * V.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, forbidden, gradient):
-        ctx.settings = (targets, temperature, forbidden)
-        ctx.gradient = gradient
-        ctx.save_for_backward(hidden, weight)
-        values, *ctx.results = log_probs_by_chunk(hidden, weight, *ctx.settings, gradient)
-        return values
+    def forward(ctx, hidden, weight, targets, temperature, forbidden):
+        totals = hidden.new_empty(len(hidden), 1, dtype=torch.float32)
+        values = torch.empty_like(totals)
+        for part in chunks(len(hidden)):
+            logits = scaled_logits(hidden[part], weight, temperature, forbidden)
+            totals[part] = logits.logsumexp(dim=-1, keepdim=True)
+            values[part] = logits.gather(1, targets[part, None]) - totals[part]
+        ctx.save_for_backward(hidden, weight, targets, forbidden, totals)
+        ctx.temperature = temperature
+        return values[:, 0]
 
     @staticmethod
-    def backward(ctx, arrived):
-        if ctx.gradient is None:
-            _, *ctx.results = log_probs_by_chunk(*ctx.saved_tensors, *ctx.settings, arrived)
-        # NaN passes this comparison; the caller checks for it.
-        elif ((arrived - ctx.gradient).abs() > 1e-4 * ctx.gradient.abs()).any():
-            raise RuntimeError("the loss has another gradient than was said beforehand")
-        grad_hidden, grad_weight = ctx.results
-        ctx.results = None
-        return grad_hidden, grad_weight, None, None, None, None
-
-
-def log_probs_by_chunk(hidden, weight, targets, temperature, forbidden, gradient=None, chunk=256):
-    """Log-probs (M,) and, given the loss's gradient by them (M,), its gradients by hidden (M, D)
-    and weight (V, D)."""
-    values = hidden.new_empty(len(hidden), dtype=torch.float32)
-    grad_hidden = grad_weight = None
-    if gradient is not None:
+    def backward(ctx, gradient):
+        hidden, weight, targets, forbidden, totals = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-    # One buffer for all chunks: allocating this much is slow.
-    space = values.new_empty(min(chunk, len(hidden)), len(weight))
-    for start in range(0, len(hidden), chunk):
-        part = slice(start, start + chunk)
-        target = targets[part, None]  # (chunk, 1)
-        logits = scaled_logits(hidden[part], weight, temperature, forbidden, space)
-        at_target = logits.gather(1, target)
-        top = logits.amax(dim=-1, keepdim=True)
-        exp = logits.sub_(top).exp_()  # in place, (chunk, V)
-        total = exp.sum(dim=-1, keepdim=True)
-        values[part] = (at_target - top - total.log())[:, 0]
-        if gradient is not None:
+        grad_weight = torch.zeros_like(weight)
+        for part in chunks(len(hidden)):
+            g = gradient[part, None] / ctx.temperature
+            logits = scaled_logits(hidden[part], weight, ctx.temperature, forbidden)
             # d log p(target) / d logits = one-hot(target) - softmax
-            g = gradient[part, None] / temperature
-            d_logits = exp.mul_(-g / total).scatter_add_(1, target, g).to(weight.dtype)
+            softmax = logits.sub_(totals[part]).exp_()
+            d_logits = softmax.mul_(-g).scatter_add_(1, targets[part, None], g).to(weight.dtype)
             grad_hidden[part] = d_logits @ weight
-            if weight.dtype == torch.float32:
-                grad_weight.addmm_(d_logits.T, hidden[part])
-            else:
-                grad_weight += product(d_logits.T, hidden[part])
-    if gradient is not None:
-        grad_weight = grad_weight.to(weight.dtype)
-    return values, grad_hidden, grad_weight
+            grad_weight.addmm_(d_logits.T, hidden[part])
+        return grad_hidden, grad_weight, None, None, None
 
 
-def scaled_logits(hidden, weight, temperature, forbidden, space=None) -> torch.Tensor:
-    """Float32 logits (M, V) of the policy, written into the first rows of `space`, if given."""
-    out = None if space is None else space[: len(hidden)]
-    logits = product(hidden, weight.T, out)
+def chunks(M: int, size: int = 256) -> list[slice]:
+    """Slices of at most `size` that cover range(M)."""
+    return [slice(start, start + size) for start in range(0, M, size)]
+
+
+def scaled_logits(hidden, weight, temperature, forbidden) -> torch.Tensor:
+    """Logits (M, V) of the policy in float32; a forbidden token has probability 0."""
+    logits = product(hidden, weight.T)
     if temperature != 1:
         logits.div_(temperature)
     return logits.index_fill_(1, forbidden, -torch.inf)
 
 
-def product(a, b, out=None) -> torch.Tensor:
+def product(a, b) -> torch.Tensor:
     """a @ b, of two matrices or two batches of matrices, in float32."""
     multiply = torch.mm if a.dim() == 2 else torch.bmm
     if a.is_cuda and a.dtype != torch.float32:
         # A GPU's matrix units add up half-precision products in float32 without a copy.
-        return multiply(a, b, out_dtype=torch.float32, out=out)
-    return multiply(a.float(), b.float(), out=out)
+        return multiply(a, b, out_dtype=torch.float32)
+    return multiply(a.float(), b.float())
 
 
 # ---- Sampling ----------------------------------------------------------------------------------
@@ -425,9 +397,11 @@ def generate(network: GroupPolicy, prompts, num_generations: int = 1, max_new_to
     """Sample num_generations completions of each prompt; temperature 0 is greedy decoding.
 
     seeds: an integer below 2**32 for each prompt (default 0, 1, ...) that decides every token of
-    its rollouts, whatever else is in the batch. Each prompt is run once; rows that have finished
-    leave the batch. cuda_graph changes only the time.
+    its rollouts, whatever else is in the batch. Each prompt is run once; prompts whose rows have all
+    finished leave the batch. cuda_graph changes only the time.
     """
+    if not prompts:
+        return []
     decoder = Decoder(network, prompts, num_generations, max_new_tokens, cuda_graph)
     device = decoder.position.device
     stop = torch.tensor(network.stop_tokens, dtype=torch.long, device=device)
@@ -550,24 +524,20 @@ class Decoder:
         return text.norm(x)[0]
 
     def drop_finished(self, alive, share: float):
-        """Drop finished rows if what remains has at most `share` of the slots; alive (R,).
+        """Drop prompts without a living row, if at most `share` of them remain; alive (R,).
 
-        What remains must be a rectangle again: the prompts that have a living row, and as many
-        rows of each as the fullest of them needs. Returns the slots (R',) that are kept, or None.
+        Returns the rows (R',) that are kept, or None.
         """
         N = self.cache.N
-        alive = alive.view(-1, N)  # (B, N)
-        living = alive.sum(dim=1)
-        prompts = living.nonzero()[:, 0]  # (B',)
-        most = int(living.max())
-        if len(prompts) * most > share * alive.numel():
+        living = alive.view(-1, N).any(dim=1)  # (B,)
+        if living.sum() > share * len(living):
             return None
-        living_first = alive[prompts].int().argsort(dim=1, descending=True, stable=True)
-        rows = prompts[:, None] * N + living_first[:, :most]  # (B', N')
-        self.cache.keep(prompts, rows)
-        self.position = self.position[rows.flatten()]
+        prompts = living.nonzero()[:, 0]  # (B',)
+        self.cache.keep(prompts)
+        rows = (prompts[:, None] * N + torch.arange(N, device=alive.device)).flatten()
+        self.position = self.position[rows]
         self.graph = None
-        return rows.flatten()
+        return rows
 
 
 # ---- Files -------------------------------------------------------------------------------------
@@ -578,46 +548,31 @@ SIDE_FILES = ("tokenizer*.json", "vocab.json", "merges.txt", "added_tokens.json"
               "chat_template.json", "chat_template.jinja", "LICENSE*")
 
 
-def load_pretrained(path, dtype=torch.float32, device="cpu", shard=None) -> GroupPolicy:
-    """Load a Hugging Face checkpoint directory, safetensors in one file or several.
+def load_pretrained(path, dtype=torch.float32, device="cpu") -> GroupPolicy:
+    """Load a Hugging Face checkpoint directory, in a type or, with "auto", in its own.
 
-    shard(network), if given, may split the still empty parameters over processes (FSDP2): each
-    process then reads its own rows only. CheckpointError if the directory is no Qwen-VL
-    checkpoint, or a tensor is missing, unknown or misshaped.
+    CheckpointError if the directory is no Qwen-VL checkpoint, or a tensor is missing, unknown or
+    misshaped.
     """
-    network = empty_network(read_config(path), dtype)
-    reader = dcp.HuggingFaceStorageReader(str(path))
+    config = read_config(path)
+    transformers.logging.disable_progress_bar()
     with named_errors(path):
-        network.stop_tokens, network.forbidden_tokens = special_tokens(path, network.config)
-        name_in_file = match_tensors(network, reader)
-    if shard is not None:
-        shard(network)
-    network.to_empty(device=device)
-    network.vlm.tie_weights()
-    # Rotary tables are buffers, which no file holds.
-    for module in network.modules():
-        if list(module.buffers(recurse=False)):
-            network.vlm._init_weights(module)
-    wanted = {name_in_file[name]: parameter.detach()
-              for name, parameter in network.vlm.named_parameters()}
-    with warnings.catch_warnings(action="ignore", category=UserWarning):
-        # no_dist: every process reads by itself what it needs.
-        dcp.load(wanted, storage_reader=reader, no_dist=True)
-    return network.eval()
+        vlm, report = transformers.AutoModelForImageTextToText.from_pretrained(
+            path, config=config, dtype=dtype, attn_implementation=ATTENTION,
+            local_files_only=True, use_safetensors=True, output_loading_info=True)
+        for kind in ("missing_keys", "unexpected_keys"):
+            if report[kind]:
+                raise ValueError(f"{kind} in its safetensors files: {sorted(report[kind])[0]}")
+        network = GroupPolicy(vlm.to(device)).eval()
+        network.stop_tokens, network.forbidden_tokens = special_tokens(path, config)
+    return network
 
 
 def empty_network(config, dtype=torch.float32) -> GroupPolicy:
     """A network of shapes only, without memory: its parameters are on the meta device."""
-    implementation = {"text_config": "visurf", "vision_config": "sdpa"}
     with torch.device("meta"):
-        vlm = transformers.AutoModelForImageTextToText.from_config(
-            config, dtype=dtype, attn_implementation=implementation)
-    for module in vlm.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            module.forward = MethodType(fused_rms_norm, module)
-        if type(module).__name__.endswith("PatchEmbed"):
-            module.forward = MethodType(patch_product, module)
-    return GroupPolicy(vlm)
+        return GroupPolicy(transformers.AutoModelForImageTextToText.from_config(
+            config, dtype=dtype, attn_implementation=ATTENTION))
 
 
 def fused_rms_norm(module, x) -> torch.Tensor:
@@ -674,33 +629,12 @@ def special_tokens(path, config) -> tuple[list[int], list[int]]:
     return stop, sorted(forbidden)
 
 
-def match_tensors(network: GroupPolicy, reader) -> dict[str, str]:
-    """The name in the checkpoint's files of each parameter; ValueError if they do not match."""
-    stored = reader.read_metadata().state_dict_metadata
-    names = {}
-    for name, parameter in network.vlm.named_parameters():
-        # The hub's Qwen2-VL and Qwen2.5-VL files use shorter names than the modules have.
-        hub = name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
-        names[name] = name if name in stored else hub
-        if names[name] not in stored:
-            raise ValueError(f"no tensor {hub} in its safetensors files")
-        if stored[names[name]].size != parameter.shape:
-            raise ValueError(f"{hub} has shape {list(stored[names[name]].size)}, but by "
-                             f"config.json it must be {list(parameter.shape)}")
-    # A tied output head may be stored a second time.
-    unknown = sorted(stored.keys() - set(names.values()) - {"lm_head.weight"})
-    if unknown:
-        raise ValueError(f"config.json has no place for the tensor {unknown[0]}")
-    return names
-
-
 def save_pretrained(network: GroupPolicy, directory, source, dtype=torch.bfloat16):
     """Write a Hugging Face checkpoint: weights in `dtype` under their hub names, config.json,
     and the tokenizer's and processor's files of the checkpoint `source`."""
     directory = Path(directory)
     state = {name: parameter.detach().to("cpu", dtype, copy=True)
              for name, parameter in network.vlm.named_parameters()}
-    transformers.logging.disable_progress_bar()
     # A full disk, above all.
     with named_errors(directory):
         network.vlm.save_pretrained(directory, state_dict=state)

@@ -34,7 +34,7 @@ class Thresholds:
 
 
 def score(completion: str, label: list[dict] | str, task: str = "grounding", frame=(840, 840),
-          thresholds=Thresholds(), think: bool = True, choices=None) -> dict[str, float]:
+          thresholds=Thresholds(), choices=()) -> dict[str, float]:
     """The reward of a completion by component: those of RANGES that its task has.
 
     label: objects with "bbox_2d" and perhaps "point_2d", in coordinates that run to frame (width,
@@ -46,7 +46,7 @@ def score(completion: str, label: list[dict] | str, task: str = "grounding", fra
     # Whatever the policy writes, reading it takes milliseconds.
     completion = completion[:30_000]
     predicted = read_answer(completion, task)
-    components = {"thinking": float(has_thinking(completion))} if think else {}
+    components = {"thinking": float(has_thinking(completion))}
     if task == "math":
         right = predicted is not None and same_answer(predicted, label, choices)
         return components | {"format": float(predicted is not None), "accuracy": float(right)}

@@ -26,7 +26,6 @@ import warnings
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +41,7 @@ import rewards
 import visurf
 from data import DataError, require
 from eval import (evaluate, format_table, gather, is_first, metrics, on_first_rank, option, parse,
-                  read_json, run_program, share, start, write_text)
+                  run_program, share, start, write_text)
 
 
 @dataclass
@@ -62,27 +61,21 @@ class Settings:
     max_steps: int = option(500, "batches of prompts to train on", low=1)
     batch_size: int = option(16, "prompts in a step", low=1)
     micro_batch_size: int = option(1, "prompts, with their groups, in one forward pass", low=1)
-    num_generations: int = option(8, "rollouts of each prompt (G)", low=1, high=1024)
+    num_generations: int = option(8, "rollouts of each prompt (G)", low=1)
     max_prompt_length: int = option(4096, "longest prompt in tokens; none is ever cut", low=1)
-    max_completion_length: int = option(512, "longest rollout in tokens", low=1, high=32768)
+    max_completion_length: int = option(512, "longest rollout in tokens", low=1)
     temperature: float = option(1.0, "of sampling and of log-probs", low=0.01)
-    learning_rate: float = option(1e-6, "of AdamW, constant", high=math.inf)
-    weight_decay: float = option(0.01, "of AdamW")
-    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
+    learning_rate: float = option(1e-6, "of AdamW, constant")
     align_label: bool = option(True, "control 1: write the label in the rollouts' style")
     drop_thinking_reward: bool = option(True, "control 2: no thinking reward for the label")
     smooth_label_reward: bool = option(True, "control 3: no advantage for a label that is matched")
-    think: bool = option(True, "ask for reasoning before the answer")
-    image_size: int = option(0, "side of the squares images become, if not the task's", high=8192)
-    max_pixels: int = option(0, "keep the shape of images, with at most this many pixels")
+    image_size: int = option(0, "side of images in pixels, if not the task's")
     skip_bad_rows: bool = option(False, "leave out rows that cannot be used, and count them")
     checkpoint_activations: bool = option(True, "compute activations twice to save memory")
-    dtype: str = option("", "float32 or, on GPUs, bfloat16", choices=("", "float32", "bfloat16"))
     cpu_offload: bool = option(False, "keep weights and optimizer off the GPU: much slower")
     timeout: float = option(30, "minutes to wait for a rank that does not answer", low=0.01)
     save_steps: int = option(100, "steps between checkpoints", low=1)
     keep: int = option(1, "checkpoints to keep", low=1)
-    tensorboard: bool = option(False, "write metrics for TensorBoard too")
 
 
 @dataclass
@@ -103,7 +96,6 @@ class Run:
     votes: Counter = field(default_factory=Counter)      # label styles seen in rollouts so far
     step: int = 0                      # steps done
     not_finite: int = 0                # updates skipped in a row: loss or gradient not finite
-    board: object = None               # TensorBoard's writer
 
 
 # Settings that --resume cannot change, and what a checkpoint keeps beside the tensors.
@@ -124,10 +116,7 @@ def train(settings: Settings):
     """Check what the user gave, load the network, train and evaluate it."""
     require(settings.method != "rlvr" or settings.num_generations > 1,
             "--num_generations 1 leaves rlvr nothing to compare: use 2 or more")
-    require(not settings.tensorboard or find_spec("tensorboard"),
-            "--tensorboard needs a package: pip install tensorboard")
     device = start(settings.timeout)
-    settings.dtype = settings.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     task = data.TASKS[settings.task]
     samples = data.load_samples(settings.data, task, "train", None, settings.skip_bad_rows)
     held_out = []
@@ -135,8 +124,7 @@ def train(settings: Settings):
         held_out = data.load_samples(settings.eval_data, task, "test", settings.eval_samples,
                                      settings.skip_bad_rows)
     source = data.fetch(settings.model or task.model, "model")
-    processor = data.Processor.from_pretrained(source, task, settings.think, settings.image_size,
-                                               settings.max_pixels, settings.max_prompt_length)
+    processor = data.Processor(source, task, settings.image_size, settings.max_prompt_length)
     # Settings that leave no usable prompt fail here, before the weights are read.
     blank = data.Sample("", "nothing", Image.new("RGB", (56, 56)), [], (56, 56), (56, 56))
     dummy = Group(processor.encode(blank), ids=[processor.label_ids("[]")],
@@ -148,16 +136,12 @@ def train(settings: Settings):
         on_first_rank(claim_directory, settings, directory, lock)
         network, twin = load_network(settings, source, device)
         on_first_rank(write_text, directory / "config.json", json.dumps(asdict(settings), indent=2))
-        optimizer = torch.optim.AdamW(network.parameters(), settings.learning_rate,
-                                      weight_decay=settings.weight_decay, fused=True)
+        optimizer = torch.optim.AdamW(network.parameters(), settings.learning_rate, fused=True)
         run = Run(settings, directory, source, processor, samples, held_out, dummy, device,
                   network, twin, optimizer)
         if settings.resume:
             resume(run)
         if is_first():
-            if settings.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-                run.board = SummaryWriter(directory / "tensorboard", purge_step=run.step + 1)
             print(f"{settings.method} on {settings.task}, {dist.get_world_size()} x {device.type}: "
                   f"{len(samples)} samples ({samples.skipped} bad rows skipped)\n"
                   "A policy loss near 0 is normal: advantages have mean 0. Watch the rewards.")
@@ -177,11 +161,14 @@ def train_and_evaluate(run: Run):
         if run.step == 0:
             evaluate_held_out(run, "before")
             if settings.method == "sft":
-                vote_by_greedy_answers(run)
+                # No rollouts: the network's own answers to 32 questions decide the label's style.
+                groups, _ = encode_share(run, range(min(32, len(run.samples))))
+                sample(run, groups, 1, temperature=0)
+                vote_for_style(run, groups)
         while run.step < settings.max_steps:
             on_first_rank(log_step, run, *train_step(run))
             require(run.not_finite < 10, f"step {run.step}: 10 updates in a row were not "
-                    "finite: lower --learning_rate, or compute in --dtype float32")
+                    "finite: lower --learning_rate")
             if run.step % settings.save_steps == 0:
                 save(run)
             if settings.eval_steps and run.step % settings.eval_steps == 0:
@@ -262,7 +249,6 @@ def summarize(records: list[dict], settings: Settings) -> dict:
             for name, reward in components.items():
                 columns[f"reward/{name}"].append(reward)
         columns["truncated"].append(record["truncated"] / G)
-        columns["no_signal"].append(not any(record["advantages"]))
         if settings.method == "visurf":
             columns["label_active"].append(record["advantages"][-1] != 0)
             columns["label_advantage"].append(record["advantages"][-1])
@@ -281,11 +267,7 @@ def encode_share(run: Run, places: range) -> tuple[list[Group], int]:
         # The same on any rank. Hashed, because with seed + place, seed 1 would replay seed 0.
         seed = np.random.SeedSequence([run.settings.seed, place]).generate_state(1)[0]
         try:
-            group = Group(run.processor.encode(run.samples[order[index]]), int(seed))
-            label = visurf.align_label(group.example.label, "compact")
-            require(len(run.processor.label_ids(label)) <= run.settings.max_completion_length,
-                    f"{group.example.sample.where}: longer than --max_completion_length allows")
-            groups.append(group)
+            groups.append(Group(run.processor.encode(run.samples[order[index]]), int(seed)))
         except DataError as error:
             bad_rows.append(str(error))
     bad_rows = gather(bad_rows)
@@ -298,11 +280,9 @@ def sample(run: Run, groups: list[Group], num_generations: int, temperature: flo
     """Add completions from the current policy to each group."""
     prompts = [group.example for group in groups]
     seeds = [group.seed for group in groups]
-    rollouts = []
     with gathered(run) as network:
-        if groups:
-            rollouts = model.generate(network, prompts, num_generations,
-                                      run.settings.max_completion_length, temperature, seeds)
+        rollouts = model.generate(network, prompts, num_generations,
+                                  run.settings.max_completion_length, temperature, seeds)
     for group, completions in zip(groups, rollouts):
         for completion in completions:
             group.ids.append(completion.ids)
@@ -323,18 +303,10 @@ def vote_for_style(run: Run, groups: list[Group]):
     del run.votes[None]
 
 
-def vote_by_greedy_answers(run: Run):
-    """SFT has no rollouts: the network's own answers to 32 questions decide the label's style."""
-    groups, _ = encode_share(run, range(min(32, len(run.samples))))
-    sample(run, groups, 1, temperature=0)
-    vote_for_style(run, groups)
-
-
 def inject_label(run: Run, group: Group):
     """Add the label to its group, in the rollouts' style."""
-    text = group.example.written_label()
-    if run.settings.align_label:  # control 1
-        text = visurf.align_label(group.example.label, visurf.preferred_style(run.votes))
+    style = visurf.preferred_style(run.votes) if run.settings.align_label else "spaced"  # control 1
+    text = visurf.align_label(group.example.label, style)
     group.texts.append(text)
     group.ids.append(run.processor.label_ids(text))
 
@@ -384,20 +356,18 @@ def update(run: Run, groups: list[Group]) -> dict:
         # Completions with zero advantage, a dummy's too, have no gradient and are left out.
         mask = (mask & (A[..., None] != 0)).to(run.device)
         A = A.to(run.device)
-        # The policy is the one that sampled: the importance ratio is 1, and the loss's gradient by
-        # the log-probs is known beforehand (Eq. 9), which saves a pass through the output head.
-        known = visurf.policy_gradient(A, mask, total)
-        logprobs = run.network(prompts, ids.to(run.device), mask, settings.temperature, known)
+        logprobs = run.network(prompts, ids.to(run.device), mask, settings.temperature)
         if settings.method == "sft":
             loss = visurf.sft_loss(logprobs, mask, total)
         else:
+            # The policy is the one that sampled: the importance ratio is 1.
             loss = visurf.policy_loss(logprobs, logprobs.detach(), A, mask, total=total)
         loss.backward()
         loss_sum += loss.item()
     mean_loss = sum(gather([loss_sum])) / dist.get_world_size()
     norm = 0.0
     if micro_batches:
-        norm = torch.nn.utils.clip_grad_norm_(run.network.parameters(), settings.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(run.network.parameters(), max_norm=1.0)
         norm = norm.full_tensor().item()
     # All ranks see the same sums, so they agree.
     if all(finite) and math.isfinite(norm) and math.isfinite(mean_loss):
@@ -414,35 +384,31 @@ def load_network(settings: Settings, source, device) -> tuple:
 
     Also returns its twin, which has no weights of its own: see `gathered`.
     """
-    pinned = fsdp.CPUOffloadPolicy(pin_memory=device.type == "cuda")
-    offload = pinned if settings.cpu_offload else fsdp.OffloadPolicy()
-    policy = fsdp.MixedPrecisionPolicy(getattr(torch, settings.dtype), torch.float32,
-                                       cast_forward_inputs=False)
+    twin = model.empty_network(model.read_config(source))
+    # Weights, gradients and AdamW's moments take 16 bytes a parameter.
+    needed = 16 * sum(weight.numel() for weight in twin.parameters()) / dist.get_world_size()
+    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    available /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device.type == "cuda" and not settings.cpu_offload:
+        available = torch.cuda.get_device_properties(device).total_memory
+    require(needed <= available, f"this --model needs {needed / 1e9:.0f} of "
+            f"{available / 1e9:.0f} GB before any activation: use more GPUs, or --cpu_offload")
 
-    def shard(network):
-        # Weights, gradients and AdamW's moments take 16 bytes a parameter.
-        needed = 16 * sum(weight.numel() for weight in network.parameters())
-        needed /= dist.get_world_size()
-        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        available /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        if device.type == "cuda" and not settings.cpu_offload:
-            available = torch.cuda.get_device_properties(device).total_memory
-        require(needed <= available, f"this --model needs {needed / 1e9:.0f} of "
-                f"{available / 1e9:.0f} GB before any activation: use more GPUs, or --cpu_offload")
-        # A block's weights are gathered for its turn. Embedding and output head are the root's.
-        for module in [*network.blocks(), network]:
-            fsdp.fully_shard(module, mp_policy=policy, offload_policy=offload)
-
-    where = "cpu" if settings.cpu_offload else device
-    network = model.load_pretrained(source, device=where, shard=shard)
-    twin = model.empty_network(network.config)
+    network = model.load_pretrained(source, dtype="auto")
+    compute = torch.bfloat16 if device.type == "cuda" else torch.float32
+    policy = fsdp.MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
+    offload = fsdp.CPUOffloadPolicy() if settings.cpu_offload else fsdp.OffloadPolicy()
+    # A block's weights are gathered for its turn. Embedding and output head are the root's.
+    for module in [*network.blocks(), network]:
+        fsdp.fully_shard(module, mp_policy=policy, offload_policy=offload)
+    # Not before they were sharded: whole float32 weights need not fit on a rank.
+    network.float()
     twin.stop_tokens = network.stop_tokens
     twin.forbidden_tokens = network.forbidden_tokens
     # Rotary tables are buffers, which FSDP leaves alone: network and twin share them.
-    for name, buffer in list(network.named_buffers()):
+    for name, buffer in network.named_buffers():
         owner, _, leaf = name.rpartition(".")
-        for each in (network, twin):
-            each.get_submodule(owner).register_buffer(leaf, buffer.to(device), persistent=False)
+        twin.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
     if settings.checkpoint_activations:
         network.vlm.activation_checkpointing_enable({"use_reentrant": False})
         network.train()
@@ -481,9 +447,6 @@ def claim_directory(settings: Settings, directory: Path, lock):
     for name in FIXED:
         require(before.get(name) == getattr(settings, name), f"{directory} holds a run with "
                 f"--{name} {before.get(name)!r}, which --resume cannot change")
-    for name, value in asdict(settings).items():
-        if value != before.get(name) and name != "resume":
-            print(f"--{name} {value} from here on, before it was {before.get(name)}")
 
 
 def own_checkpoints(directory: Path) -> list[Path]:
@@ -517,6 +480,8 @@ def save(run: Run):
         dcp.save(tensors(run), storage_writer=writer, no_dist=dist.get_world_size() == 1)
         state = {name: getattr(run, name) for name in COUNTERS}
         state["digests"] = compute_digests(unfinished)
+        state["log_sizes"] = {path.stem: path.stat().st_size
+                              for path in run.directory.glob("*.jsonl")}
         on_first_rank(write_text, unfinished / f"{STATE}.json", json.dumps(state, indent=1))
         # The name must not reach the disk before the contents.
         os.sync()
@@ -557,50 +522,40 @@ def compute_digests(directory: Path) -> dict[str, str]:
 
 def resume(run: Run):
     """Go on from the last checkpoint, if there is one, on as many ranks as there are now."""
-    own = on_first_rank(own_checkpoints, run.directory)
-    if own:
-        state = read_json(own[-1] / f"{STATE}.json")
-        require(compute_digests(own[-1]) == state.get("digests"),
-                f"{own[-1]}: a damaged or missing tensor file; delete this checkpoint to go on "
-                "from an older one, or anew")
+    state = {"log_sizes": {}}
+    for last in on_first_rank(own_checkpoints, run.directory)[-1:]:
+        state = read_json(last / f"{STATE}.json")
+        require(compute_digests(last) == state.get("digests"), f"{last}: a damaged or missing "
+                "tensor file; delete this checkpoint to go on from an older one, or anew")
         for name in COUNTERS:
             setattr(run, name, state[name])
         run.votes = Counter(run.votes)
-        reader = dcp.HuggingFaceStorageReader(str(own[-1] / STATE))
+        reader = dcp.HuggingFaceStorageReader(str(last / STATE))
         dcp.load(tensors(run), storage_reader=reader, no_dist=dist.get_world_size() == 1)
-    on_first_rank(cut_logs, run.directory, run.step)
+    if is_first():
+        # Later steps will be repeated.
+        for name in LOGS:
+            with open(run.directory / f"{name}.jsonl", "a") as file:
+                file.truncate(state["log_sizes"].get(name, 0))
 
 
-def cut_logs(directory: Path, step: int):
-    """Drop log lines of later steps, which will be repeated, and those a crash cut off."""
-    for name in LOGS:
-        path = directory / f"{name}.jsonl"
-        if not path.exists():
-            continue
-        kept = ""
-        for line in path.read_text(errors="replace").splitlines(keepends=True):
-            is_whole = line.startswith("{") and line.endswith("}\n")
-            if is_whole and json.loads(line)["step"] <= step:
-                kept += line
-        write_text(path, kept)
+def read_json(path: Path) -> dict:
+    """What a file of this run holds; DataError if the file was damaged."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise DataError(f"{path}: damaged ({error}); delete it") from None
 
 
 def evaluate_held_out(run: Run, name: str):
     """Answer the held-out samples, if there are any; answers and metrics go to NAME.json."""
     if not run.held_out:
         return
-    results = []
-    size = 32 * dist.get_world_size()
     with gathered(run) as network:
-        # Batch by batch, so that a signal need not wait for the last.
-        for first in range(0, len(run.held_out), size):
-            leave_if_asked()
-            samples = run.held_out[first : first + size]
-            found, bad_rows = evaluate(network, run.processor, samples,
-                                       run.settings.max_completion_length, progress=False)
-            for problem in bad_rows:
-                require(run.settings.skip_bad_rows, f"{problem}; see --skip_bad_rows")
-            results += found
+        results, bad_rows = evaluate(network, run.processor, run.held_out,
+                                     run.settings.max_completion_length, between=leave_if_asked)
+    for problem in bad_rows:
+        require(run.settings.skip_bad_rows, f"{problem}; see --skip_bad_rows")
     content = {"metrics": metrics(results, run.processor.task), "answers": results}
     on_first_rank(write_text, run.directory / f"{name}.json", json.dumps(content, indent=1))
 
@@ -610,8 +565,6 @@ def log_step(run: Run, values: dict, timing: dict, records: list[dict]):
     line = f"step {run.step:4d}/{run.settings.max_steps}"
     for name, value in (values | timing).items():
         line += f" | {name} {value:.3g}"
-        if run.board:
-            run.board.add_scalar(name, value, run.step)
     print(line, flush=True)
     # JSON has no NaN.
     metrics = {name: value if math.isfinite(value) else None for name, value in values.items()}

@@ -13,7 +13,7 @@ For a prompt x (an image and a question) with the label y:
     5. Maximise the mean of min(rho_m A_m, clip(rho_m) A_m)          policy_loss       (Eq. 8)
 
 With one update per sampling, the importance ratio rho is 1 and the gradient of the objective is
-    1/N [ sum_i A_i grad log pi(o_i|x)  +  A_y grad log pi(y|x) ]    policy_gradient   (Eq. 9)
+    1/N [ sum_i A_i grad log pi(o_i|x)  +  A_y grad log pi(y|x) ]                      (Eq. 9)
 Shapes: G rollouts, N members, T tokens; "..." are leading axes. Masks are True on real tokens.
 """
 
@@ -145,16 +145,8 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, epsilon: float = 0.2, 
     return -masked_mean(objective, mask, total)
 
 
-def policy_gradient(advantages, mask, total) -> torch.Tensor:
-    """d policy_loss / d logprobs while rho is 1: known before any forward pass (Eq. 9).
-
-    advantages (..., N), mask (..., N, T) -> (..., N, T): -A / total, and 0 where mask is False.
-    """
-    return torch.where(mask, -advantages[..., None] / total, 0.0)
-
-
 def sft_loss(logprobs, mask, total=None) -> torch.Tensor:
-    """Cross-entropy of labels (..., T); its gradient is policy_gradient's with advantages 1."""
+    """Cross-entropy of labels (..., T): its gradient is policy_loss's with advantages 1."""
     return -masked_mean(logprobs, mask, total)
 
 
