@@ -48,8 +48,6 @@ class CheckpointError(ValueError):
 
 
 # ---- The network -------------------------------------------------------------------------------
-
-
 class GroupPolicy(nn.Module):
     """A transformers Qwen-VL network, `vlm`, that reads groups: prompts with their completions."""
 
@@ -154,8 +152,6 @@ def pad_completions(groups) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 # ---- Which token sees which --------------------------------------------------------------------
-
-
 def group_attention(module, query, key, value, attention_mask, attend=None, **kwargs):
     """The attention function that every text layer runs: q (1, H, S, E), k and v (1, K, S, E)."""
     output = attend(module.layer_idx, query[0], key[0], value[0])  # (S, H, E)
@@ -171,14 +167,14 @@ class GroupAttention:
 
     The flat sequence holds B*P prompt tokens and then the completions' tokens that are True in
     `real` (B, N, T). Prompts are right-padded: under a causal mask no real token ever sees the
-    padding behind it, so only completions need a mask. A `cache` keeps the prompts' keys and
-    values for decoding.
+    padding behind it, so only completions need a mask. store(layer, k, v), if given, gets the
+    prompts' keys and values of every layer.
     """
 
-    def __init__(self, lengths, P: int, real=None, cache=None):
+    def __init__(self, lengths, P: int, real=None, store=None):
         self.B = len(lengths)
         self.P = P
-        self.cache = cache
+        self.store = store
         self.real = None
         if real is not None and real.any():
             _, self.N, T = real.shape
@@ -193,8 +189,8 @@ class GroupAttention:
     def __call__(self, layer: int, q, k, v) -> torch.Tensor:
         """q (H, S, E), k and v (K, S, E) of all tokens -> their outputs (S, H, E)."""
         prompt_q, prompt_k, prompt_v = (self.prompts(x) for x in (q, k, v))  # (B, heads, P, E)
-        if self.cache is not None:
-            self.cache.store_prompts(layer, prompt_k, prompt_v)
+        if self.store is not None:
+            self.store(layer, prompt_k, prompt_v)
         output = F.scaled_dot_product_attention(prompt_q, prompt_k, prompt_v, is_causal=True,
                                                 enable_gqa=True)
         output = output.transpose(1, 2).flatten(0, 1)  # (B*P, H, E)
@@ -232,93 +228,7 @@ class GroupAttention:
         return padded.index_put((self.real,), tokens).transpose(1, 2)
 
 
-class KVCache:
-    """Keys and values while decoding: each prompt's once, and room for those of its N rows.
-
-    Called as the attention of one new token in each row. All rows of a prompt share one product
-    with its keys: no prompt is copied for each rollout. With `fixed`, for a captured CUDA graph,
-    attention reads a stretch of slots that doubles now and then, the empty ones masked.
-    """
-
-    def __init__(self, num_layers: int, lengths, N: int, max_tokens: int, fixed: bool = False):
-        self.B = len(lengths)
-        self.N = N
-        self.lengths = lengths
-        self.max_tokens = max_tokens
-        self.fixed = fixed
-        self.t = -1  # the slot that the current token fills
-        self.used = 0  # how many slots attention reads
-        # t on the device, where a captured graph can see it change.
-        self.slot = torch.zeros(1, dtype=torch.long, device=lengths.device)
-        self.prompts = [None] * num_layers  # keys (B, K, E, P), values (B, K, P, E)
-        self.rows = [None] * num_layers  # keys and values (B, K, N, max_tokens, E)
-
-    def store_prompts(self, layer: int, k, v):
-        """Keep a layer's prompt keys and values, (B, K, P, E) each."""
-        B, self.K, self.P, E = k.shape
-        # Keys are transposed once, into the layout that every later product reads.
-        self.prompts[layer] = (k.mT.contiguous(), v.contiguous())
-        self.rows[layer] = k.new_zeros(2, B, self.K, self.N, self.max_tokens, E).unbind()
-        if layer == 0:
-            self.make_mask()
-
-    def make_mask(self):
-        """The mask to add to scores, (B*K, 1, P + max_tokens): -inf on padding and empty slots."""
-        place = torch.arange(self.P + self.max_tokens, device=self.lengths.device)
-        in_prompt = place < self.lengths[:, None]  # (B, P + max_tokens)
-        in_rows = (place >= self.P) & (place <= self.P + self.t)
-        mask = torch.where(in_prompt | in_rows, 0.0, -torch.inf)
-        self.mask = mask.repeat_interleave(self.K, dim=0)[:, None]
-        self.padded = bool((self.lengths < self.P).any())
-
-    def advance(self) -> bool:
-        """Open the next token's slot; True if attention reads more slots than it did before."""
-        before = self.used
-        self.t += 1
-        self.slot.fill_(self.t)
-        self.mask[..., self.P + self.t] = 0
-        self.used = self.t + 1
-        if self.fixed:
-            self.used = min(max(64, 1 << self.t.bit_length()), self.max_tokens)
-        return self.used != before
-
-    def __call__(self, layer: int, q, k, v) -> torch.Tensor:
-        """One token of each row: q (H, R, E), k and v (K, R, E) -> outputs (R, H, E)."""
-        B, N, K, P, used = self.B, self.N, self.K, self.P, self.used
-        g = q.shape[0] // K
-        E = q.shape[2]
-        keys, values = self.rows[layer]
-        keys.index_copy_(3, self.slot, k.view(K, B, N, 1, E).transpose(0, 1))
-        values.index_copy_(3, self.slot, v.view(K, B, N, 1, E).transpose(0, 1))
-        prompt_k, prompt_v = (x.flatten(0, 1) for x in self.prompts[layer])
-
-        # (K, g, B, N, E) -> (B, K, N, g, E): the queries of a prompt's rows stand together.
-        q = (q * E**-0.5).view(K, g, B, N, E).permute(2, 0, 3, 1, 4).reshape(B * K, N * g, E)
-        on_prompt = product(q, prompt_k)  # (B*K, N*g, P)
-        on_own = product(q.view(-1, g, E), keys.flatten(0, 2)[:, :used].mT)  # (B*K*N, g, used)
-        scores = torch.cat([on_prompt, on_own.view(B * K, N * g, used)], dim=-1)
-        if self.fixed or self.padded:
-            scores += self.mask[..., : P + used]
-        weights = scores.softmax(dim=-1).to(q.dtype)
-        output = torch.bmm(weights[..., :P], prompt_v)  # (B*K, N*g, E)
-        own_weights = weights[..., P:].view(-1, g, used)
-        own_values = values.flatten(0, 2)[:, :used]
-        output = torch.baddbmm(output.view(-1, g, E), own_weights, own_values)  # (B*K*N, g, E)
-        return output.view(B, K, N, g, E).transpose(1, 2).reshape(B * N, K * g, E)
-
-    def keep(self, prompts):
-        """Go on with some of the prompts, (B',), and their rows only."""
-        for layer in range(len(self.rows)):
-            self.prompts[layer] = [x[prompts] for x in self.prompts[layer]]
-            self.rows[layer] = [x[prompts] for x in self.rows[layer]]
-        self.lengths = self.lengths[prompts]
-        self.B = len(prompts)
-        self.make_mask()
-
-
 # ---- Log-probs without the logits of a whole batch in memory -----------------------------------
-
-
 class TokenLogProbs(torch.autograd.Function):
     """log softmax(hidden @ weight.T / temperature)[targets], (M,) float32.
 
@@ -377,10 +287,8 @@ def product(a, b) -> torch.Tensor:
 
 
 # ---- Sampling ----------------------------------------------------------------------------------
-
-# Looking for finished rows synchronises with a GPU, and dropping some means another graph.
-LOOK_EVERY = {"cpu": 1, "cuda": 8}  # tokens between two looks
-DROP_BELOW = {"cpu": 0.8, "cuda": 0.5}  # drop once this share of the slots is enough
+# Looking whether all rows have finished synchronises with a GPU: tokens between two looks.
+LOOK_EVERY = {"cpu": 1, "cuda": 8}
 
 
 class Completion(NamedTuple):
@@ -397,8 +305,7 @@ def generate(network: GroupPolicy, prompts, num_generations: int = 1, max_new_to
     """Sample num_generations completions of each prompt; temperature 0 is greedy decoding.
 
     seeds: an integer below 2**32 for each prompt (default 0, 1, ...) that decides every token of
-    its rollouts, whatever else is in the batch. Each prompt is run once; prompts whose rows have all
-    finished leave the batch. cuda_graph changes only the time.
+    its rollouts, whatever else is in the batch. cuda_graph changes only the time.
     """
     if not prompts:
         return []
@@ -406,18 +313,17 @@ def generate(network: GroupPolicy, prompts, num_generations: int = 1, max_new_to
     device = decoder.position.device
     stop = torch.tensor(network.stop_tokens, dtype=torch.long, device=device)
     forbidden = torch.tensor(network.forbidden_tokens, dtype=torch.long, device=device)
-    # A number in [0, 1) for every token, drawn beforehand and for each prompt by itself: neither
-    # other prompts in the batch nor rows that leave it move the stream.
+    # A number in [0, 1) for every token, drawn for each prompt by itself: other prompts in the
+    # batch do not move the stream.
     draws = []
     for seed in range(len(prompts)) if seeds is None else seeds:
         generator = torch.Generator().manual_seed(seed)
         draws.append(torch.rand(num_generations, max_new_tokens, generator=generator,
                                 dtype=torch.float64))
-    uniform = torch.cat(draws).T.to(device)  # (length, R)
-    ids = torch.zeros(uniform.shape, dtype=torch.long, device=device)
-    logprobs = torch.zeros(uniform.shape, device=device)
-    row = torch.arange(uniform.shape[1], device=device)  # the completion that a slot works on
-    alive = torch.ones_like(row, dtype=torch.bool)  # slots that have not finished
+    uniform = torch.cat(draws).T.to(device)[..., None]  # (length, R, 1)
+    ids = []
+    logprobs = []
+    running = torch.ones(uniform.shape[1], dtype=torch.bool, device=device)  # (R,)
 
     hidden = decoder.prefill()  # (R, D)
     for t in range(max_new_tokens):
@@ -426,20 +332,15 @@ def generate(network: GroupPolicy, prompts, num_generations: int = 1, max_new_to
         if temperature == 0:
             tokens = logits.argmax(dim=-1, keepdim=True)
         else:
-            tokens = draw(probabilities, uniform[t, row, None])
-        ids[t, row] = tokens[:, 0]
-        logprobs[t, row] = probabilities.gather(1, tokens).log()[:, 0]
-        alive &= ~torch.isin(tokens[:, 0], stop)
-        if t + 1 == max_new_tokens:
+            tokens = draw(probabilities, uniform[t])
+        ids.append(tokens[:, 0])
+        logprobs.append(probabilities.gather(1, tokens).log()[:, 0])
+        running &= ~torch.isin(ids[t], stop)
+        is_last = t + 1 == max_new_tokens
+        if is_last or t % LOOK_EVERY[device.type] == 0 and not running.any():
             break
-        if (t + 1) % LOOK_EVERY[device.type] == 0:
-            if not alive.any():
-                break
-            rows = decoder.drop_finished(alive, DROP_BELOW[device.type])
-            if rows is not None:
-                tokens, row, alive = tokens[rows], row[rows], alive[rows]
-        hidden = decoder.step(tokens[:, 0])
-    completions = split_rows(ids.cpu(), logprobs.cpu(), stop.cpu())
+        hidden = decoder.step(ids[t])
+    completions = split_rows(torch.stack(ids).cpu(), torch.stack(logprobs).cpu(), stop.cpu())
     N = num_generations
     return [completions[i : i + N] for i in range(0, len(completions), N)]
 
@@ -466,42 +367,70 @@ def split_rows(ids, logprobs, stop) -> list[Completion]:
 
 
 class Decoder:
-    """Prompts run once, then one token for each row and step; on CUDA the step is a graph."""
+    """Runs each prompt once, then one token of each row a step, with a KV cache.
+
+    A prompt's keys and values are kept once: its rows share one product with them. On CUDA a step
+    is captured as a graph, which needs fixed shapes: attention then reads a stretch of slots that
+    doubles now and then, the empty ones masked.
+    """
 
     def __init__(self, network: GroupPolicy, prompts, N: int, max_tokens: int, cuda_graph: bool):
-        self.network = network
         device = network.vlm.lm_head.weight.device
+        self.network = network
         self.batch = PromptBatch.from_prompts(prompts, network.config, device)
+        self.B, self.P = self.batch.ids.shape
+        self.N = N
+        self.K = network.config.text_config.num_key_value_heads
+        self.max_tokens = max_tokens
         self.captures = cuda_graph and device.type == "cuda"
         self.graph = None
-        num_layers = network.config.text_config.num_hidden_layers
-        self.cache = KVCache(num_layers, self.batch.lengths, N, max_tokens, fixed=self.captures)
+        self.prompts = {}  # of each layer: keys (B*K, E, P) and values (B*K, P, E)
+        self.rows = {}  # of each layer: keys and values (B, K, N, max_tokens, E)
+        self.t = -1  # the slot that the current token fills
+        self.slot = torch.zeros(1, dtype=torch.long, device=device)  # t, where a graph can see it
+        self.used = 0  # how many slots attention reads
+        # To be added to scores: -inf on the padding of prompts and on slots that are still empty.
+        place = torch.arange(self.P + max_tokens, device=device)
+        mask = torch.where(place < self.batch.lengths[:, None], 0.0, -torch.inf)
+        self.mask = mask.repeat_interleave(self.K, dim=0)[:, None]  # (B*K, 1, P + max_tokens)
         self.prompt_positions, next_position = network.positions(self.batch)
         self.position = next_position.repeat_interleave(N)  # (R,) of the token that goes in next
 
     def prefill(self) -> torch.Tensor:
         """Hidden states (R, D) of the prompts' last tokens, equal for all rows of a prompt."""
-        B, P = self.batch.ids.shape
-        attend = GroupAttention(self.batch.lengths, P, cache=self.cache)
+        attend = GroupAttention(self.batch.lengths, self.P, store=self.store_prompts)
         hidden = self.network.hidden_states(self.batch, self.prompt_positions, attend)
-        hidden = hidden.view(B, P, -1)
-        last = hidden[torch.arange(B, device=hidden.device), self.batch.lengths - 1]  # (B, D)
-        return last.repeat_interleave(self.cache.N, dim=0)
+        hidden = hidden.view(self.B, self.P, -1)
+        last = hidden[torch.arange(self.B, device=hidden.device), self.batch.lengths - 1]  # (B, D)
+        return last.repeat_interleave(self.N, dim=0)
+
+    def store_prompts(self, layer: int, k, v):
+        """Keep a layer's prompt keys and values, (B, K, P, E) each."""
+        # Keys are transposed once, into the layout that every later product reads.
+        self.prompts[layer] = (k.mT.flatten(0, 1).contiguous(), v.flatten(0, 1).contiguous())
+        shape = (2, self.B, self.K, self.N, self.max_tokens, k.shape[-1])
+        self.rows[layer] = k.new_zeros(shape).unbind()
 
     def step(self, tokens) -> torch.Tensor:
         """Tokens (R,) -> hidden states (R, D), valid until the next step."""
-        grown = self.cache.advance()
-        if grown or self.graph is None:
+        before = self.used
+        self.t += 1
+        self.slot.fill_(self.t)
+        self.mask[..., self.P + self.t] = 0
+        self.used = self.t + 1
+        if self.captures:
+            self.used = min(max(64, 1 << self.t.bit_length()), self.max_tokens)
+        if self.used == before:
+            self.tokens.copy_(tokens)
+            self.graph.replay()
+            hidden = self.hidden
+        else:
             # Drop an old graph before another is captured: they share cuBLAS's workspace.
             self.graph = None
             self.tokens = tokens.clone()
             hidden = self.run()
             if self.captures:
                 self.graph = self.capture()
-        else:
-            self.tokens.copy_(tokens)
-            self.graph.replay()
-            hidden = self.hidden
         self.position += 1
         return hidden
 
@@ -520,28 +449,33 @@ class Decoder:
         x = text.embed_tokens(self.tokens[None])  # (1, R, D)
         rotary = text.rotary_emb(x, self.position.expand(3, 1, -1))
         for layer in text.layers:
-            x = layer(x, position_embeddings=rotary, attend=self.cache)
+            x = layer(x, position_embeddings=rotary, attend=self.attend)
         return text.norm(x)[0]
 
-    def drop_finished(self, alive, share: float):
-        """Drop prompts without a living row, if at most `share` of them remain; alive (R,).
+    def attend(self, layer: int, q, k, v) -> torch.Tensor:
+        """One token of each row: q (H, R, E), k and v (K, R, E) -> outputs (R, H, E)."""
+        B, N, K, P, used = self.B, self.N, self.K, self.P, self.used
+        g = q.shape[0] // K
+        E = q.shape[2]
+        keys, values = self.rows[layer]
+        keys.index_copy_(3, self.slot, k.view(K, B, N, 1, E).transpose(0, 1))
+        values.index_copy_(3, self.slot, v.view(K, B, N, 1, E).transpose(0, 1))
+        prompt_k, prompt_v = self.prompts[layer]
 
-        Returns the rows (R',) that are kept, or None.
-        """
-        N = self.cache.N
-        living = alive.view(-1, N).any(dim=1)  # (B,)
-        if living.sum() > share * len(living):
-            return None
-        prompts = living.nonzero()[:, 0]  # (B',)
-        self.cache.keep(prompts)
-        rows = (prompts[:, None] * N + torch.arange(N, device=alive.device)).flatten()
-        self.position = self.position[rows]
-        self.graph = None
-        return rows
+        # (K, g, B, N, E) -> (B, K, N, g, E): the queries of a prompt's rows stand together.
+        q = (q * E**-0.5).view(K, g, B, N, E).permute(2, 0, 3, 1, 4).reshape(B * K, N * g, E)
+        on_prompt = product(q, prompt_k)  # (B*K, N*g, P)
+        on_own = product(q.view(-1, g, E), keys.flatten(0, 2)[:, :used].mT)  # (B*K*N, g, used)
+        scores = torch.cat([on_prompt, on_own.view(B * K, N * g, used)], dim=-1)
+        weights = (scores + self.mask[..., : P + used]).softmax(dim=-1).to(q.dtype)
+        output = torch.bmm(weights[..., :P], prompt_v)  # (B*K, N*g, E)
+        own_weights = weights[..., P:].view(-1, g, used)
+        own_values = values.flatten(0, 2)[:, :used]
+        output = torch.baddbmm(output.view(-1, g, E), own_weights, own_values)  # (B*K*N, g, E)
+        return output.view(B, K, N, g, E).transpose(1, 2).reshape(B * N, K * g, E)
 
 
 # ---- Files -------------------------------------------------------------------------------------
-
 # Copied beside saved weights; anything else in a checkpoint, code above all, is left behind.
 SIDE_FILES = ("tokenizer*.json", "vocab.json", "merges.txt", "added_tokens.json",
               "special_tokens_map.json", "generation_config.json", "preprocessor_config.json",
