@@ -30,21 +30,13 @@ COORDINATES = {"qwen2_vl": "relative", "qwen2_5_vl": "pixels", "qwen3_vl": "rela
 
 
 class DataError(ValueError):
-    """A user's mistake, in one line: where it is, what is wrong, and the remedy."""
-
-    def __init__(self, message):
-        super().__init__(printable(" ".join(str(message).split())))
+    """A user's mistake: where it is, what is wrong, and the remedy."""
 
 
 def require(condition, message: str):
     """Raise DataError unless the condition holds."""
     if not condition:
         raise DataError(message)
-
-
-def printable(text: str) -> str:
-    """A text with its control characters escaped: raw, they could take over the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 # ---- Tasks ---------------------------------------------------------------------------------------
@@ -122,7 +114,7 @@ class Dataset(list):
     skipped = 0
 
 
-def load_samples(source, task: Task, split="train", limit=None, skip_bad_rows=False) -> Dataset:
+def load_samples(source, task: Task, split="train", limit=0, skip_bad_rows=False) -> Dataset:
     """Read and check the samples of a source, or the first `limit`; images are decoded later.
 
     source: a .jsonl or .parquet file, a folder, a hub id, or None for the task's own data. The
@@ -140,7 +132,7 @@ def load_samples(source, task: Task, split="train", limit=None, skip_bad_rows=Fa
 
     samples = Dataset()
     for number in range(len(rows)):
-        if len(samples) == limit:
+        if limit and len(samples) == limit:
             break
         try:
             if rows[number]:
@@ -340,11 +332,6 @@ class Processor:
             if template.is_file():
                 self.tokenizer.chat_template = json.loads(template.read_text())["chat_template"]
             require("image_pad" in self.tokenizer.chat_template, "its chat template has no images")
-            vision = config["vision_config"]
-            for name, size in {"patch_size": self.images.patch_size,
-                               "spatial_merge_size": self.images.merge_size}.items():
-                require(vision.get(name, size) == size,
-                        f"preprocessor_config.json has another {name}")
             # If its files are missing, transformers makes an empty tokenizer.
             image_id = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
             require(image_id == config["image_token_id"], "its tokenizer is another model's")
@@ -390,15 +377,10 @@ class Processor:
         """A label as a completion: (T,) int64, with the end token."""
         return self.token_ids(text + "<|im_end|>")
 
-    def decode(self, ids) -> str:
-        """The text of a completion up to its end token."""
+    def decode(self, ids, finished: bool = True) -> str:
+        """The text of a completion, without the end token of one that is finished."""
         ids = torch.as_tensor(ids).tolist()
-        for token in ("<|im_end|>", "<|endoftext|>"):
-            # By id: the same characters as ordinary tokens end nothing.
-            end = self.tokenizer.convert_tokens_to_ids(token)
-            if end in ids:
-                ids = ids[: ids.index(end)]
-        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        return self.tokenizer.decode(ids[: len(ids) - finished], clean_up_tokenization_spaces=False)
 
     def score(self, completion: str, example: Example) -> dict[str, float]:
         """The reward components of a completion: see rewards.py."""

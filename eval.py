@@ -5,7 +5,7 @@
     torchrun --nproc_per_node 8 eval.py --task grounding        # each GPU answers its share
 
 samples -> `evaluate` -> results, a dict each, in pixels of the ORIGINAL image -> `metrics`.
-At the end is what train.py shares: flags, and one process or many.
+The last part, flags and processes, is train.py's too.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def run(settings: Settings):
     source = settings.model or task.model
     name = "-".join(["eval", task.name, *Path(source).absolute().parts[1:][-2:]])
     answers = Path(settings.output_dir or f"runs/{name}") / "answers.json"
-    samples = data.load_samples(settings.data, task, settings.split, settings.limit or None,
+    samples = data.load_samples(settings.data, task, settings.split, settings.limit,
                                 settings.skip_bad_rows)
     checkpoint = data.fetch(source, "model")
     processor = data.Processor(checkpoint, task, settings.image_size)
@@ -77,7 +77,7 @@ def run(settings: Settings):
     content = {"settings": asdict(settings), "metrics": metrics(results, task), "answers": results}
     on_first_rank(write_text, answers, json.dumps(content, indent=1))
     if is_first():
-        print(format_table({"": content["metrics"]}), answers, sep="\n\n")
+        print(format_table(content["metrics"]), answers, sep="\n\n")
         print(f"{samples.skipped + len(bad_rows)} bad rows skipped")
     data.require(settings.skip_bad_rows or not bad_rows,
                  f"{''.join(bad_rows[:1])}; all others are answered; --skip_bad_rows allows that")
@@ -91,21 +91,18 @@ def write_text(path: Path, text: str):
     os.replace(unfinished, path)
 
 
-def evaluate(network, processor, samples, max_new_tokens=512, batch_size=32, between=None):
+def evaluate(network, processor, samples, max_new_tokens=512, batch_size=32):
     """Answer samples greedily: each rank its share, all results on all ranks, in samples' order.
 
-    Also returns a line on each sample whose image or prompt cannot be used. between(), if given, is
-    called before each batch, on all ranks together. Raises CheckpointError if a log-prob is not
-    finite, for the answers would mean nothing.
+    Also returns a line on each sample whose image or prompt cannot be used. Raises CheckpointError
+    if a log-prob is not finite, for the answers would mean nothing.
     """
     results = []
     bad_rows = []
     shared = share(samples)
-    # All ranks take as many turns as the one with the largest share. None: a bar in terminals only.
-    turns = range(0, math.ceil(len(samples) / world()[1]), batch_size)
-    for first in tqdm(turns, "evaluating", leave=False, disable=None if is_first() else True):
-        if between is not None:
-            between()
+    # None: a bar in a terminal only.
+    quiet = None if is_first() else True
+    for first in tqdm(range(0, len(shared), batch_size), "evaluating", leave=False, disable=quiet):
         examples = []
         for sample in shared[first : first + batch_size]:
             try:
@@ -124,7 +121,7 @@ def evaluate(network, processor, samples, max_new_tokens=512, batch_size=32, bet
 def make_result(processor, example, completion) -> dict:
     """One answer, ready for JSON; only its reward is computed in the model's frame."""
     sample = example.sample
-    text = processor.decode(completion.ids)
+    text = processor.decode(completion.ids, completion.finished)
     predicted = rewards.read_answer(text, processor.task.name)
     if predicted is not None:
         predicted = data.move_objects(predicted, example.frame, sample.size)
@@ -229,16 +226,12 @@ def paint(objects, size) -> np.ndarray:
     return mask
 
 
-def format_table(columns: dict[str, dict]) -> str:
-    """A row for each metric, with its value in every column: {title: metrics}."""
-    rows = [f"{'':12}" + "".join(map("{:>10}".format, columns))]
-    for name in [*columns.values()][-1]:
-        row = f"{name:12}"
-        for column in columns.values():
-            value = column.get(name)
-            row += f"{'-' if value is None else format(value, '.4g'):>10}"
-        rows.append(row)
-    return "\n".join(rows)
+def format_table(values: dict) -> str:
+    """Metrics as text, one a line."""
+    lines = []
+    for name, value in values.items():
+        lines.append(f"{name:12}{'-' if value is None else format(value, '.4g'):>10}")
+    return "\n".join(lines)
 
 
 # ---- Flags, and one process or many ------------------------------------------------------------
@@ -278,12 +271,14 @@ def run_program(program: str, function, *args):
         # Under torchrun, a failure is recorded, and all other processes are ended.
         record(function)(*args)
     except (data.DataError, model.CheckpointError, OSError) as error:
-        first = is_first()
-        if world()[1] > 1:
+        speaks = is_first()
+        if dist.is_initialized() and world()[1] > 1:
             # Of several ranks that fail, the first one speaks.
-            first = dist.distributed_c10d._get_default_store().add("failures", 1) == 1
-        if first:
-            print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
+            speaks = dist.distributed_c10d._get_default_store().add("failures", 1) == 1
+        if speaks:
+            # Raw control characters could take over the terminal.
+            text = "".join(c if c.isprintable() else " " for c in str(error))
+            print(f"{program}: {' '.join(text.split())}", file=sys.stderr)
         sys.exit(2)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -308,16 +303,14 @@ def start(timeout_minutes: float = 30) -> torch.device:
     return device
 
 
-def is_first() -> bool:
-    """Whether this is rank 0, which prints and writes for all."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def world() -> tuple[int, int]:
     """This process's rank and the number of ranks."""
-    if not dist.is_initialized():
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_first() -> bool:
+    """Whether this is rank 0, which prints and writes for all."""
+    return world()[0] == 0
 
 
 def share(items) -> list:

@@ -8,9 +8,8 @@
     python train.py --resume                                # with the same flags: go on
 
 `train_step`: sample -> score -> align and inject the label -> advantages -> update.
-runs/TASK-METHOD then holds config.json, logs (*.jsonl), held-out answers (before.json,
-eval-STEP.json, after.json) and Hugging Face checkpoints, checkpoint-STEP/, with a training_state/
-for --resume.
+runs/TASK-METHOD then holds config.json, logs (*.jsonl) and Hugging Face checkpoints,
+checkpoint-STEP/, with a training_state/ for --resume. eval.py measures any of them.
 """
 
 import fcntl
@@ -40,8 +39,8 @@ import model
 import rewards
 import visurf
 from data import DataError, require
-from eval import (evaluate, format_table, gather, is_first, metrics, on_first_rank, option, parse,
-                  run_program, share, start, write_text)
+from eval import (gather, is_first, on_first_rank, option, parse, run_program, share, start,
+                  write_text)
 
 
 @dataclass
@@ -52,9 +51,6 @@ class Settings:
     method: str = option("visurf", "rlvr: GRPO; sft: labels", choices=("visurf", "rlvr", "sft"))
     model: str = option("", "checkpoint directory or hub id, if not the task's")
     data: str = option("", "training data: file, folder or hub id, if not the task's")
-    eval_data: str = option("", "held-out data; the task's own, unless --data is given")
-    eval_samples: int = option(200, "held-out samples answered before and after, 0: none")
-    eval_steps: int = option(0, "steps between further evaluations, 0: none")
     output_dir: str = option("", "of checkpoints and logs, if not runs/TASK-METHOD")
     resume: bool = option(False, "continue the run in output_dir from its last checkpoint")
     seed: int = option(0, "decides the order of the data and every sampled token")
@@ -87,7 +83,6 @@ class Run:
     source: Path                       # the checkpoint it started from
     processor: data.Processor
     samples: list[data.Sample]
-    held_out: list[data.Sample]
     dummy: "Group"                     # computed by a rank that has no work left
     device: torch.device
     network: model.GroupPolicy         # sharded
@@ -102,7 +97,7 @@ class Run:
 FIXED = ("task", "method", "model", "data", "seed", "batch_size")
 COUNTERS = ("step", "not_finite", "votes")
 STATE = "training_state"
-LOGS = ("metrics", "timing", "completions")
+LOGS = ("metrics", "completions")
 noted = []                             # signals this process received
 warnings.filterwarnings("ignore", "torch.distributed is disabled")    # one process saves alone
 
@@ -113,16 +108,13 @@ def main(argv=None):
 
 
 def train(settings: Settings):
-    """Check what the user gave, load the network, train and evaluate it."""
+    """Check what the user gave, load the network and train it."""
     require(settings.method != "rlvr" or settings.num_generations > 1,
             "--num_generations 1 leaves rlvr nothing to compare: use 2 or more")
     device = start(settings.timeout)
     task = data.TASKS[settings.task]
-    samples = data.load_samples(settings.data, task, "train", None, settings.skip_bad_rows)
-    held_out = []
-    if settings.eval_samples and (settings.eval_data or task.eval_data and not settings.data):
-        held_out = data.load_samples(settings.eval_data, task, "test", settings.eval_samples,
-                                     settings.skip_bad_rows)
+    samples = data.load_samples(settings.data, task, "train",
+                                skip_bad_rows=settings.skip_bad_rows)
     source = data.fetch(settings.model or task.model, "model")
     processor = data.Processor(source, task, settings.image_size, settings.max_prompt_length)
     # Settings that leave no usable prompt fail here, before the weights are read.
@@ -137,19 +129,19 @@ def train(settings: Settings):
         network, twin = load_network(settings, source, device)
         on_first_rank(write_text, directory / "config.json", json.dumps(asdict(settings), indent=2))
         optimizer = torch.optim.AdamW(network.parameters(), settings.learning_rate, fused=True)
-        run = Run(settings, directory, source, processor, samples, held_out, dummy, device,
-                  network, twin, optimizer)
+        run = Run(settings, directory, source, processor, samples, dummy, device, network, twin,
+                  optimizer)
         if settings.resume:
             resume(run)
         if is_first():
             print(f"{settings.method} on {settings.task}, {dist.get_world_size()} x {device.type}: "
                   f"{len(samples)} samples ({samples.skipped} bad rows skipped)\n"
                   "A policy loss near 0 is normal: advantages have mean 0. Watch the rewards.")
-        train_and_evaluate(run)
+        loop(run)
 
 
-def train_and_evaluate(run: Run):
-    """Evaluate, train, evaluate again; save if a signal or a user's mistake ends the run."""
+def loop(run: Run):
+    """Train step by step; save now and then, and if a signal or a user's mistake ends the run."""
     settings = run.settings
     # From now on a signal to stop is only noted, and `leave_if_asked` acts on it.
     noted.clear()
@@ -158,33 +150,25 @@ def train_and_evaluate(run: Run):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda number, frame: noted.append(number))
     try:
-        if run.step == 0:
-            evaluate_held_out(run, "before")
-            if settings.method == "sft":
-                # No rollouts: the network's own answers to 32 questions decide the label's style.
-                groups, _ = encode_share(run, range(min(32, len(run.samples))))
-                sample(run, groups, 1, temperature=0)
-                vote_for_style(run, groups)
+        if settings.method == "sft" and run.step == 0:
+            # No rollouts: the network's own answers to 32 questions decide the label's style.
+            groups, _ = encode_share(run, range(min(32, len(run.samples))))
+            sample(run, groups, 1, temperature=0)
+            vote_for_style(run, groups)
         while run.step < settings.max_steps:
             on_first_rank(log_step, run, *train_step(run))
             require(run.not_finite < 10, f"step {run.step}: 10 updates in a row were not "
                     "finite: lower --learning_rate")
             if run.step % settings.save_steps == 0:
                 save(run)
-            if settings.eval_steps and run.step % settings.eval_steps == 0:
-                evaluate_held_out(run, f"eval-{run.step}")
-        save(run)
-        evaluate_held_out(run, "after")
     except (SystemExit, DataError, model.CheckpointError, OSError):
         save(run)
         raise
+    save(run)
     if is_first():
-        tables = {}
-        for path in (run.directory / "before.json", run.directory / "after.json"):
-            if path.exists():
-                tables[path.stem] = json.loads(path.read_text())["metrics"]
-        print(format_table(tables), f"{run.directory}/checkpoint-{run.step} is the trained network",
-              f"python extras/report.py {run.directory} shows the run on a page", sep="\n")
+        checkpoint = run.directory / f"checkpoint-{run.step}"
+        print(f"python eval.py --task {settings.task} --model {checkpoint} measures the result\n"
+              f"python extras/report.py {run.directory} shows the run on a page")
 
 
 @dataclass
@@ -197,7 +181,6 @@ class Group:
     texts: list = field(default_factory=list)
     rewards: list = field(default_factory=list)          # of each completion, by component
     truncated: int = 0                                   # rollouts that reached the length limit
-    finite: bool = True                                  # whether all sampled log-probs are
     advantages: torch.Tensor | None = None               # (N,) float64
 
     def record(self) -> dict:
@@ -207,8 +190,8 @@ class Group:
                 "rewards": self.rewards, "advantages": self.advantages.tolist()}
 
 
-def train_step(run: Run) -> tuple[dict, dict, list[dict]]:
-    """The method on the next batch: metrics, timing, and a record of each group of all ranks."""
+def train_step(run: Run) -> tuple[dict, list[dict]]:
+    """The method on the next batch: metrics, and a record of each group of all ranks."""
     settings = run.settings
     leave_if_asked()
     began = time.perf_counter()
@@ -230,11 +213,12 @@ def train_step(run: Run) -> tuple[dict, dict, list[dict]]:
     values = update(run, groups)
     run.step += 1
     values["skipped_rows"] = bad_rows
-    timing = {"rollout_seconds": sampled - began, "update_seconds": time.perf_counter() - sampled}
     records = gather([group.record() for group in groups])
     if settings.method != "sft" and records:
         values |= summarize(records, settings)
-    return values, timing, records
+    values["rollout_seconds"] = sampled - began
+    values["update_seconds"] = time.perf_counter() - sampled
+    return values, records
 
 
 def summarize(records: list[dict], settings: Settings) -> dict:
@@ -286,9 +270,8 @@ def sample(run: Run, groups: list[Group], num_generations: int, temperature: flo
     for group, completions in zip(groups, rollouts):
         for completion in completions:
             group.ids.append(completion.ids)
-            group.texts.append(run.processor.decode(completion.ids))
+            group.texts.append(run.processor.decode(completion.ids, completion.finished))
             group.truncated += not completion.finished
-            group.finite &= bool(torch.isfinite(completion.logprobs).all())
 
 
 def vote_for_style(run: Run, groups: list[Group]):
@@ -328,21 +311,15 @@ def compute_advantages(settings: Settings, group: Group) -> torch.Tensor:
 def update(run: Run, groups: list[Group]) -> dict:
     """One optimizer step on the groups of all ranks; the loss is a mean over all their tokens."""
     settings = run.settings
-    useful = []
-    tokens = 0
-    finite = True
-    for group in groups:
-        # A group whose advantages are all 0 has no gradient, but its tokens count in the mean.
-        if group.advantages.any():
-            useful.append(group)
-        tokens += sum(map(len, group.ids))
-        finite &= group.finite
+    # A group whose advantages are all 0 has no gradient, but its tokens count in the mean.
+    useful = [group for group in groups if group.advantages.any()]
+    tokens = sum(len(ids) for group in groups for ids in group.ids)
     # Groups of similar length share a micro-batch: little padding.
     useful.sort(key=lambda group: max(map(len, group.ids)))
     size = settings.micro_batch_size
     micro_batches = [useful[i : i + size] for i in range(0, len(useful), size)]
     # One number of each rank.
-    rounds, tokens, finite = zip(*gather([(len(micro_batches), tokens, finite)]))
+    rounds, tokens = zip(*gather([(len(micro_batches), tokens)]))
     # FSDP averages gradients over ranks, so each rank divides by its fair share of all tokens.
     total = sum(tokens) / dist.get_world_size()
     # Every exchange needs all ranks: one that has less to do computes a dummy.
@@ -370,7 +347,7 @@ def update(run: Run, groups: list[Group]) -> dict:
         norm = torch.nn.utils.clip_grad_norm_(run.network.parameters(), max_norm=1.0)
         norm = norm.full_tensor().item()
     # All ranks see the same sums, so they agree.
-    if all(finite) and math.isfinite(norm) and math.isfinite(mean_loss):
+    if math.isfinite(norm) and math.isfinite(mean_loss):
         run.optimizer.step()
         run.not_finite = 0
     else:
@@ -387,12 +364,10 @@ def load_network(settings: Settings, source, device) -> tuple:
     twin = model.empty_network(model.read_config(source))
     # Weights, gradients and AdamW's moments take 16 bytes a parameter.
     needed = 16 * sum(weight.numel() for weight in twin.parameters()) / dist.get_world_size()
-    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    available /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device.type == "cuda" and not settings.cpu_offload:
         available = torch.cuda.get_device_properties(device).total_memory
-    require(needed <= available, f"this --model needs {needed / 1e9:.0f} of "
-            f"{available / 1e9:.0f} GB before any activation: use more GPUs, or --cpu_offload")
+        require(needed <= available, f"this --model needs {needed / 1e9:.0f} of "
+                f"{available / 1e9:.0f} GB before any activation: use more GPUs or --cpu_offload")
 
     network = model.load_pretrained(source, dtype="auto")
     compute = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -466,14 +441,12 @@ def save(run: Run):
     unfinished = run.directory / "unfinished"
     if run.step == 0 or on_first_rank(final.exists):
         return
-    finite = [bool(torch.isfinite(weight).all()) for weight in run.network.parameters()]
     try:
         with gathered(run) as network:
-            # Finite weights may still overflow in the forward pass: one token shows that.
+            # Weights that are not finite, or that overflow in the forward pass, show in one token.
             [[probe]] = model.generate(network, [run.dummy.example], 1, 1)
-            finite.append(bool(probe.logprobs.isfinite()))
-            require(all(gather(finite)), f"step {run.step}: weights are not finite and not saved: "
-                    "lower --learning_rate; --resume continues from the last checkpoint")
+            require(probe.logprobs.isfinite(), f"step {run.step}: weights are not finite and not "
+                    "saved: lower --learning_rate; --resume continues from the last checkpoint")
             on_first_rank(shutil.rmtree, unfinished, True)
             on_first_rank(model.save_pretrained, network, unfinished, run.source)
         writer = dcp.HuggingFaceStorageWriter(str(unfinished / STATE), save_distributed=True)
@@ -547,23 +520,10 @@ def read_json(path: Path) -> dict:
         raise DataError(f"{path}: damaged ({error}); delete it") from None
 
 
-def evaluate_held_out(run: Run, name: str):
-    """Answer the held-out samples, if there are any; answers and metrics go to NAME.json."""
-    if not run.held_out:
-        return
-    with gathered(run) as network:
-        results, bad_rows = evaluate(network, run.processor, run.held_out,
-                                     run.settings.max_completion_length, between=leave_if_asked)
-    for problem in bad_rows:
-        require(run.settings.skip_bad_rows, f"{problem}; see --skip_bad_rows")
-    content = {"metrics": metrics(results, run.processor.task), "answers": results}
-    on_first_rank(write_text, run.directory / f"{name}.json", json.dumps(content, indent=1))
-
-
-def log_step(run: Run, values: dict, timing: dict, records: list[dict]):
+def log_step(run: Run, values: dict, records: list[dict]):
     """A line on the console and a record in the logs; every tenth step whole groups too."""
     line = f"step {run.step:4d}/{run.settings.max_steps}"
-    for name, value in (values | timing).items():
+    for name, value in values.items():
         line += f" | {name} {value:.3g}"
     print(line, flush=True)
     # JSON has no NaN.
@@ -571,8 +531,8 @@ def log_step(run: Run, values: dict, timing: dict, records: list[dict]):
     metrics["style"] = visurf.preferred_style(run.votes)
     groups = records if run.step % 10 == 1 else []
     for group in groups[:1]:
-        print(data.printable(f"    {group['texts'][0]!r} earns {group['rewards'][0]}"))
-    for name, entries in zip(LOGS, ([metrics], [timing], groups)):
+        print(f"    {group['texts'][0]!r} earns {group['rewards'][0]}")
+    for name, entries in zip(LOGS, ([metrics], groups)):
         with open(run.directory / f"{name}.jsonl", "a") as file:
             for entry in entries:
                 file.write(json.dumps({"step": run.step} | entry) + "\n")

@@ -32,19 +32,12 @@ def write_tight_lists(answer: list[dict]) -> str:
     return re.sub(r"(?<=\d), (?=-?\d)", ",", json.dumps(answer))
 
 
-def write_object_lines(answer: list[dict]) -> str:
-    """Each object on a line of its own, after a tab."""
-    text = json.dumps(answer).replace("[{", "[\n\t{").replace("}, {", "},\n\t{")
-    return text.replace("}]", "}\n]")
-
-
 # Candidates for the label's style: name -> function(answer) -> the text between the answer tags.
-# VisionReasoner's labels are spaced, its prompt has tight lists, Qwen2.5-VL likes object lines.
+# VisionReasoner's labels are spaced, its prompt has tight lists.
 STYLES = {
     "spaced": json.dumps,
     "tight lists": write_tight_lists,
     "compact": partial(json.dumps, separators=(",", ":")),
-    "object lines": write_object_lines,
     "indented": partial(json.dumps, indent=2),
 }
 
