@@ -38,9 +38,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 import transformers
 from torch.nn.utils.rnn import pad_sequence
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+CHUNK = 256  # tokens whose logits are in memory at a time
+# Tokens between two looks whether all rows have finished, which synchronises with a GPU.
+LOOK_EVERY = {"cpu": 1, "cuda": 8}
 
 
 class CheckpointError(ValueError):
@@ -119,10 +121,6 @@ class GroupPolicy(nn.Module):
                                                      attention_mask=real)  # (3, B, P)
         positions = positions.to(batch.ids.device)
         return positions.flatten(1), positions.amax(dim=(0, 2)) + 1
-
-    def blocks(self) -> list[nn.Module]:
-        """The transformer blocks of both towers: the units to shard, and to recompute."""
-        return [block for block in self.modules() if isinstance(block, GradientCheckpointingLayer)]
 
 
 class PromptBatch(NamedTuple):
@@ -232,7 +230,7 @@ class GroupAttention:
 class TokenLogProbs(torch.autograd.Function):
     """log softmax(hidden @ weight.T / temperature)[targets], (M,) float32.
 
-    hidden (M, D), weight (V, D), targets (M,). Logits live for 256 tokens at a time and are
+    hidden (M, D), weight (V, D), targets (M,). Logits live for CHUNK tokens at a time and are
     computed again in the backward pass, so memory does not grow with M * V.
     """
 
@@ -240,7 +238,8 @@ class TokenLogProbs(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, temperature, forbidden):
         totals = hidden.new_empty(len(hidden), 1, dtype=torch.float32)
         values = torch.empty_like(totals)
-        for part in chunks(len(hidden)):
+        for start in range(0, len(hidden), CHUNK):
+            part = slice(start, start + CHUNK)
             logits = scaled_logits(hidden[part], weight, temperature, forbidden)
             totals[part] = logits.logsumexp(dim=-1, keepdim=True)
             values[part] = logits.gather(1, targets[part, None]) - totals[part]
@@ -253,7 +252,8 @@ class TokenLogProbs(torch.autograd.Function):
         hidden, weight, targets, forbidden, totals = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight)
-        for part in chunks(len(hidden)):
+        for start in range(0, len(hidden), CHUNK):
+            part = slice(start, start + CHUNK)
             g = gradient[part, None] / ctx.temperature
             logits = scaled_logits(hidden[part], weight, ctx.temperature, forbidden)
             # d log p(target) / d logits = one-hot(target) - softmax
@@ -262,11 +262,6 @@ class TokenLogProbs(torch.autograd.Function):
             grad_hidden[part] = d_logits @ weight
             grad_weight.addmm_(d_logits.T, hidden[part])
         return grad_hidden, grad_weight, None, None, None
-
-
-def chunks(M: int, size: int = 256) -> list[slice]:
-    """Slices of at most `size` that cover range(M)."""
-    return [slice(start, start + size) for start in range(0, M, size)]
 
 
 def scaled_logits(hidden, weight, temperature, forbidden) -> torch.Tensor:
@@ -287,10 +282,6 @@ def product(a, b) -> torch.Tensor:
 
 
 # ---- Sampling ----------------------------------------------------------------------------------
-# Looking whether all rows have finished synchronises with a GPU: tokens between two looks.
-LOOK_EVERY = {"cpu": 1, "cuda": 8}
-
-
 class Completion(NamedTuple):
     """A sampled completion."""
 
@@ -488,17 +479,32 @@ def load_pretrained(path, dtype=torch.float32, device="cpu") -> GroupPolicy:
     CheckpointError if the directory is no Qwen-VL checkpoint, or a tensor is missing, unknown or
     misshaped.
     """
-    config = read_config(path)
     transformers.logging.disable_progress_bar()
+    # Nothing is downloaded, and no code of a checkpoint runs.
+    local = {"local_files_only": True, "trust_remote_code": False}
     with named_errors(path):
+        config = transformers.AutoConfig.from_pretrained(path, **local)
+        if config.model_type not in MODEL_TYPES:
+            raise ValueError(f"model_type {config.model_type!r} is not supported; it must be one "
+                             f"of {', '.join(MODEL_TYPES)}")
         vlm, report = transformers.AutoModelForImageTextToText.from_pretrained(
-            path, config=config, dtype=dtype, attn_implementation=ATTENTION,
-            local_files_only=True, use_safetensors=True, output_loading_info=True)
+            path, config=config, dtype=dtype, attn_implementation=ATTENTION, use_safetensors=True,
+            output_loading_info=True, **local)
         for kind in ("missing_keys", "unexpected_keys"):
             if report[kind]:
                 raise ValueError(f"{kind} in its safetensors files: {sorted(report[kind])[0]}")
         network = GroupPolicy(vlm.to(device)).eval()
-        network.stop_tokens, network.forbidden_tokens = special_tokens(path, config)
+        stop = vlm.generation_config.eos_token_id
+        network.stop_tokens = stop if isinstance(stop, list) else [stop]
+        for name in ("image", "video", "vision_start", "vision_end", "vision"):
+            token = getattr(config, f"{name}_token_id", None)
+            if token is not None:
+                network.forbidden_tokens.append(token)
+        if (Path(path) / "tokenizer_config.json").exists():
+            # Embeddings have more rows than there are words: 151,936 for 151,657 in Qwen2-VL.
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path, **local)
+            words = max(tokenizer.get_vocab().values()) + 1
+            network.forbidden_tokens += range(words, config.text_config.vocab_size)
     return network
 
 
@@ -527,40 +533,6 @@ def named_errors(path):
         yield
     except Exception as error:
         raise CheckpointError(f"{path}: {' '.join(str(error).split())[:300]}") from None
-
-
-def read_config(path):
-    """config.json as transformers' configuration; CheckpointError unless it is a Qwen-VL's."""
-    with named_errors(path):
-        if not (Path(path) / "config.json").is_file():
-            raise ValueError("no config.json, so not a checkpoint directory")
-        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True,
-                                                         trust_remote_code=False)
-        if config.model_type not in MODEL_TYPES:
-            raise ValueError(f"model_type {config.model_type!r} is not supported; it must be one "
-                             f"of {', '.join(MODEL_TYPES)}")
-        if "sliding_attention" in (getattr(config.text_config, "layer_types", None) or ()):
-            raise ValueError("sliding-window attention is not supported")
-    return config
-
-
-def special_tokens(path, config) -> tuple[list[int], list[int]]:
-    """A checkpoint's end tokens, and the tokens that are never to be sampled."""
-    stop = config.text_config.eos_token_id
-    if (Path(path) / "generation_config.json").exists():
-        stop = transformers.GenerationConfig.from_pretrained(path).eos_token_id
-    stop = stop if isinstance(stop, list) else [stop]
-    names = ("image", "video", "vision_start", "vision_end", "vision")
-    forbidden = {getattr(config, f"{name}_token_id", None) for name in names} - {None}
-    if (Path(path) / "tokenizer_config.json").exists():
-        # Embeddings have more rows than there are words: 151,936 for 151,657 in Qwen2-VL.
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True,
-                                                               trust_remote_code=False)
-        words = max(tokenizer.get_vocab().values()) + 1
-        if words > config.text_config.vocab_size:
-            raise ValueError(f"its tokenizer has {words} words, more than its config.json")
-        forbidden |= set(range(words, config.text_config.vocab_size))
-    return stop, sorted(forbidden)
 
 
 def save_pretrained(network: GroupPolicy, directory, source, dtype=torch.bfloat16):

@@ -33,6 +33,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from PIL import Image
 from torch.distributed import fsdp
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import data
 import model
@@ -361,20 +362,21 @@ def load_network(settings: Settings, source, device) -> tuple:
 
     Also returns its twin, which has no weights of its own: see `gathered`.
     """
-    twin = model.empty_network(model.read_config(source))
+    network = model.load_pretrained(source, dtype="auto")
+    twin = model.empty_network(network.config)
     # Weights, gradients and AdamW's moments take 16 bytes a parameter.
-    needed = 16 * sum(weight.numel() for weight in twin.parameters()) / dist.get_world_size()
+    needed = 16 * sum(weight.numel() for weight in network.parameters()) / dist.get_world_size()
     if device.type == "cuda" and not settings.cpu_offload:
         available = torch.cuda.get_device_properties(device).total_memory
         require(needed <= available, f"this --model needs {needed / 1e9:.0f} of "
                 f"{available / 1e9:.0f} GB before any activation: use more GPUs or --cpu_offload")
 
-    network = model.load_pretrained(source, dtype="auto")
     compute = torch.bfloat16 if device.type == "cuda" else torch.float32
     policy = fsdp.MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
     offload = fsdp.CPUOffloadPolicy() if settings.cpu_offload else fsdp.OffloadPolicy()
     # A block's weights are gathered for its turn. Embedding and output head are the root's.
-    for module in [*network.blocks(), network]:
+    blocks = [m for m in network.modules() if isinstance(m, GradientCheckpointingLayer)]
+    for module in [*blocks, network]:
         fsdp.fully_shard(module, mp_policy=policy, offload_policy=offload)
     # Not before they were sharded: whole float32 weights need not fit on a rank.
     network.float()

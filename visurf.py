@@ -1,6 +1,6 @@
 """ViSurf (arXiv 2510.10606): one update that learns from rollouts and from the ground-truth label.
 
-Needs torch alone: copy it into your own project. `python visurf.py` works out two groups.
+Needs torch alone: copy it into your own project.
 For a prompt x (an image and a question) with the label y:
 
     1. Sample G rollouts o_1 .. o_G from the policy; score them and y with the same rewards r(.)
@@ -23,9 +23,6 @@ from collections import Counter
 from functools import partial
 
 import torch
-
-THINKING = {"thinking": 1.0}     # the reward components about thinking, and the most each can give
-
 
 def write_tight_lists(answer: list[dict]) -> str:
     """json.dumps without the space between two numbers."""
@@ -69,10 +66,10 @@ def align_label(answer: list[dict] | str, style: str) -> str:
     return f"<answer>{text}</answer>"
 
 
-def label_reward(components: dict, credit_thinking=False, thinking=THINKING) -> torch.Tensor:
-    """Reward control 2: the sum of the label's reward components without those about thinking.
+def label_reward(components: dict, credit_thinking: bool = False) -> torch.Tensor:
+    """Reward control 2: the sum of the label's reward components without that for thinking.
 
-    credit_thinking=True switches this control off: thinking components are then credited in full.
+    credit_thinking=True switches this control off: thinking is then credited in full, with 1.
     Components are numbers or tensors (...); returns (...) in float64.
 
     >>> label_reward({"thinking": 0.0, "format": 2.0, "accuracy": 3.0})
@@ -81,8 +78,8 @@ def label_reward(components: dict, credit_thinking=False, thinking=THINKING) -> 
     # A label has no thinking: rewarding it anyway would teach the policy to stop thinking.
     reward = torch.zeros((), dtype=torch.float64)
     for name, value in components.items():
-        if name in thinking:
-            value = thinking[name] if credit_thinking else 0.0
+        if name == "thinking":
+            value = 1.0 if credit_thinking else 0.0
         reward = reward + torch.as_tensor(value, dtype=torch.float64)
     return reward
 
@@ -149,24 +146,3 @@ def masked_mean(values, mask, total=None) -> torch.Tensor:
         total = mask.sum().clamp(min=1)
     # Not values * mask: padding may hold infinities, and inf * 0 is nan.
     return torch.where(mask, values, 0.0).sum() / total
-
-
-def main():
-    """Work out two groups, step by step: four rollouts and a label."""
-    torch.set_printoptions(precision=3, sci_mode=False)
-    answers = ['[{"point_2d": [1,2]}]', '[{"point_2d": [3,4]}]', '[{"point_2d": [5, 6]}]', "a dog"]
-    style = preferred_style(Counter(map(style_of, answers)))
-    label = label_reward({"thinking": 0.0, "format": 2.0, "accuracy": 3.0})
-    print("rollouts                       ", *answers)
-    print("control 1, label in their style", align_label([{"point_2d": [7, 8]}], style))
-    print("control 2, label, no thinking  ", label.item())
-    for rollouts in (torch.tensor([3.0, 0.0, 1.0, 0.0]), torch.tensor([3.0, 5.0, 1.0, 0.0])):
-        smoothed = smooth_label_reward(rollouts, label)
-        advantages = group_advantages(inject_label(rollouts, smoothed))
-        print("\nrewards of the rollouts        ", rollouts)
-        print("control 3, label, smoothed     ", smoothed.item())
-        print("advantages, the label's last   ", advantages)
-
-
-if __name__ == "__main__":
-    main()
