@@ -25,6 +25,7 @@ from PIL import Image, ImageOps
 import rewards
 
 ASSETS = Path(__file__).resolve().parent / "assets"
+END = "<|im_end|>"                # of a completion
 # Answers are in "pixels" of the image that the model sees, or run from 0 to 1000 ("relative").
 COORDINATES = {"qwen2_vl": "relative", "qwen2_5_vl": "pixels", "qwen3_vl": "relative"}
 
@@ -80,9 +81,9 @@ TASKS = {task.name: task for task in (
          eval_data="Ricky06662/counting_pixmo_test",
          columns=("solution", "bbox", "answer", "count"), metrics=("count_acc", "MAE", "RMSE")),
     # Images keep their shape: a squashed drawing has other angles.
-    Task("math", "{question}\nLook at the image, and put the final answer into \\boxed{{}}. ",
+    Task("math", "{question}\nLook at the image, and find the answer. ",
          data="hiyouga/geometry3k", eval_data="hiyouga/geometry3k", keep_shape=True,
-         example=r"<answer>\boxed{24}</answer>", columns=("answer", "solution"),
+         example=r"<answer>\frac{3}{4}</answer>", columns=("answer", "solution"),
          metrics=("accuracy",), recipe={"max_completion_length": 1024}),
     # Bundled: its small network knows some hundred words. Thresholds: 2 and 4 pixels of 48.
     Task("digits", "{question}", example="", model=str(ASSETS / "tiny-qwen2-vl"),
@@ -108,17 +109,11 @@ class Sample:
     choices: list = field(default_factory=list)      # the texts of A, B, ...
 
 
-class Dataset(list):
-    """Samples, and how many bad rows were skipped."""
-
-    skipped = 0
-
-
-def load_samples(source, task: Task, split="train", limit=0, skip_bad_rows=False) -> Dataset:
+def load_samples(source, task: Task, split="train", limit=0, skip_bad_rows=False) -> list[Sample]:
     """Read and check the samples of a source, or the first `limit`; images are decoded later.
 
     source: a .jsonl or .parquet file, a folder, a hub id, or None for the task's own data. The
-    first bad row raises DataError, with file and row, unless bad rows are to be skipped.
+    first bad row raises DataError, with file and row; to be skipped, bad rows are counted aloud.
     """
     require(task.name != "math" or find_spec("math_verify"),
             "--task math compares answers with math-verify: pip install math-verify")
@@ -130,7 +125,8 @@ def load_samples(source, task: Task, split="train", limit=0, skip_bad_rows=False
     is_lines = path.is_file() and path.suffix == ".jsonl"
     rows = path.read_bytes().splitlines() if is_lines else open_table(path, split)
 
-    samples = Dataset()
+    samples = []
+    bad_rows = 0
     for number in range(len(rows)):
         if limit and len(samples) == limit:
             break
@@ -140,8 +136,10 @@ def load_samples(source, task: Task, split="train", limit=0, skip_bad_rows=False
         # Python's own messages are useful too: "too many values to unpack".
         except (ValueError, TypeError, ArithmeticError, RecursionError) as error:
             require(skip_bad_rows, f"{path}, row {number + 1}: {error}; see --skip_bad_rows")
-            samples.skipped += 1
-    require(samples, f"{path}: no good row, {samples.skipped} bad ones; give other data")
+            bad_rows += 1
+    require(samples, f"{path}: no good row, {bad_rows} bad ones; give other data")
+    if bad_rows and os.environ.get("RANK", "0") == "0":
+        print(f"{path}: {bad_rows} bad rows skipped")
     return samples
 
 
@@ -197,7 +195,7 @@ def read_sample(rows, number: int, path: Path, task: Task) -> Sample:
         require(width > 0 and height > 0 and width * height < 2e8,
                 "a frame or size is two positive numbers")
 
-    label = read_label(row, task, choices, frame)
+    label = read_label(row, task, frame)
     # <|image_pad|> would be one more image, and half a surrogate pair has no tokens.
     require(not re.search(r"<\|.*?\|>|[\ud800-\udfff]", f"{question} {label}"),
             "a control token or half a character in the question or the answer")
@@ -206,26 +204,21 @@ def read_sample(rows, number: int, path: Path, task: Task) -> Sample:
     return Sample(name, question, image, label, tuple(frame), original, where, choices)
 
 
-def read_label(row: dict, task: Task, choices: list, frame) -> list[dict] | str:
+def read_label(row: dict, task: Task, frame) -> list[dict] | str:
     """Check a label: text, or objects, which are cut to the frame; every one gets a point."""
     columns = [name for name in task.columns if row.get(name) is not None]
     require(columns, f"no {' or '.join(map(repr, task.columns))}")
     value = row[columns[0]]
     text = value if isinstance(value, str) else json.dumps(value)
-    if task.name == "math":
-        text = rewards.boxed(text) or text.strip()
-        if text not in choices:          # the letter of a choice stands for its text
-            text = dict(zip(ascii_uppercase, choices)).get(text, text)
-        text = rf"\boxed{{{text}}}"
-    elif isinstance(value, list) and not any(isinstance(found, dict) for found in value):
+    if isinstance(value, list) and not any(isinstance(found, dict) for found in value):
         boxes = np.reshape(value, (-1, 4)).tolist()          # one flat box, or a list of boxes
         text = json.dumps([{"bbox_2d": box} for box in boxes])
     # Labels are read like answers: no rollout could match an unreadable one. Tables with gaps
     # hold counts as 24.0.
     label = rewards.read_answer(f"<answer>{text.removesuffix('.0')}</answer>", task.name)
-    require(label is not None, f"no label that {task.name} can read: {text:.80}")
+    require(label not in (None, ""), f"no label that {task.name} can read: {text:.80}")
     if isinstance(label, str):
-        return text if task.name == "math" else label
+        return label
 
     for found in label:
         require("bbox_2d" in found, f"bbox_2d is four numbers: {text:.80}")
@@ -373,10 +366,6 @@ class Processor:
         """(T,) int64, always of a whole text: tokens merge across the seams of its parts."""
         return torch.tensor(self.tokenizer.encode(text, add_special_tokens=False), dtype=torch.long)
 
-    def label_ids(self, text: str) -> torch.Tensor:
-        """A label as a completion: (T,) int64, with the end token."""
-        return self.token_ids(text + "<|im_end|>")
-
     def decode(self, ids, finished: bool = True) -> str:
         """The text of a completion, without the end token of one that is finished."""
         ids = torch.as_tensor(ids).tolist()
@@ -388,8 +377,8 @@ class Processor:
                              self.task.thresholds, example.sample.choices)
 
 
-def fetch(name, kind: str) -> Path:
-    """A local path as it is, or the folder of a repository on the hub; kind names the flag."""
+def fetch(name: str) -> Path:
+    """The folder of a checkpoint: a local path as it is, or a repository on the hub."""
     if Path(name).exists():
         return Path(name)
     try:
@@ -397,4 +386,4 @@ def fetch(name, kind: str) -> Path:
         return Path(snapshot_download(str(name), ignore_patterns=["*.bin", "*.pt*", "*.py"]))
     except Exception as error:           # no such name, no network, a full disk
         raise DataError(f"{name}: no such folder, nor on the Hugging Face hub "
-                        f"({error!r:.300}); give one with --{kind}") from None
+                        f"({error!r:.300}); give one with --model") from None

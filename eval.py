@@ -64,7 +64,7 @@ def run(settings: Settings):
     answers = Path(settings.output_dir or f"runs/{name}") / "answers.json"
     samples = data.load_samples(settings.data, task, settings.split, settings.limit,
                                 settings.skip_bad_rows)
-    checkpoint = data.fetch(source, "model")
+    checkpoint = data.fetch(source)
     processor = data.Processor(checkpoint, task, settings.image_size)
     # Check before the work that the result can be written.
     data.require(not answers.exists(), f"{answers} is there already: give another --output_dir")
@@ -78,9 +78,8 @@ def run(settings: Settings):
     on_first_rank(write_text, answers, json.dumps(content, indent=1))
     if is_first():
         print(format_table(content["metrics"]), answers, sep="\n\n")
-        print(f"{samples.skipped + len(bad_rows)} bad rows skipped")
-    data.require(settings.skip_bad_rows or not bad_rows,
-                 f"{''.join(bad_rows[:1])}; all others are answered; --skip_bad_rows allows that")
+    for problem in bad_rows:
+        data.require(settings.skip_bad_rows, f"{problem}; all others are answered")
 
 
 def write_text(path: Path, text: str):
@@ -166,8 +165,8 @@ def measure(result: dict) -> dict[str, float]:
     scores = {name: float(result[name]) for name in ("thinking", "truncated", "length")}
     scores["well_formed"] = float(predicted is not None)
     scores["reward"] = sum(result["reward"].values())
-    # Mathematics.
-    if isinstance(label, str) and "\\boxed" in label:
+    if "non_repeat" not in result["reward"]:
+        # Mathematics.
         return scores | {"accuracy": result["reward"]["accuracy"]}
     # Counting: no readable answer says 0, and is wrong.
     count, true_count = [int(answer) if isinstance(answer, str) else len(answer or [])

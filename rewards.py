@@ -7,7 +7,7 @@ r"""Rewards: read the answer of a completion, match it with the label, score it 
     accuracy    0 to 3   best one-to-one matching; a pair earns 1 for each of IoU, box L1 and point
     non_repeat  0 or 1   fewer than two sentences are repetitions
 
-Counting also takes a number, mathematics \boxed{...}. An unreadable answer earns 0.
+Counting also takes a number, mathematics any text. An unreadable answer earns 0.
 """
 
 import json
@@ -20,9 +20,10 @@ RANGES = {"thinking": (0, 1), "format": (0, 2), "accuracy": (0, 3), "non_repeat"
 MAX_OBJECTS = 120
 # Not for math-verify: 9^{9^{9^9}} is one step, which no alarm interrupts; dog is a product of
 # letters, and so equals god.
-COSTLY = re.compile(r"""\\(?!([dt]?frac|sqrt(?!\[)|pi|cdot|times|div|pm|left|right|infty|cup|log|ln)
-    (?![a-zA-Z])|[{}%])|!|\^(?!\w|\{-?\w{1,2}\})|(\^.*){4}|(\^\{-?\d\d.*){2}|\d[ ]\d|[^ -~]|.{201}
-    |^[a-zA-Z ]{3,}$""", re.VERBOSE)
+COSTLY = re.compile(r"""
+    \\(?!(boxed|text|circ|[dt]?frac|sqrt(?!\[)|pi|cdot|times|div|pm|left|right|infty|cup|log|ln)
+       (?![a-zA-Z])|[{}%])|!|[^ -~]|.{201}|^[a-zA-Z ]{3,}$|\d[ ]\d
+    |\^(?!\w|\{-?\w{1,2}\}|\{?\\circ)|(\^.*){4}|(\^\{-?\d\d.*){2}""", re.VERBOSE)
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ def read_answer(completion: str, task: str) -> list[dict] | str | None:
     """The answer as text, or as objects with their readable fields alone; None if malformed."""
     _, text = split_completion(completion)
     if text is None or task == "math":
-        return boxed(text or "")
+        return text and text.strip()
     if task == "counting" and re.fullmatch(r"\s*[0-9]{1,4}\s*", text):
         return str(int(text))
     try:
@@ -184,20 +185,14 @@ def read_answer(completion: str, task: str) -> list[dict] | str | None:
     return objects
 
 
-def boxed(text: str) -> str | None:
-    """What the last \\boxed{...} of a text holds, with inner braces paired; None if nothing."""
-    _, found, rest = text.rpartition("\\boxed{")
-    depth = 1
-    for end, character in enumerate(rest if found else ""):
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return rest[:end].strip() or None
-    return None
-
-
-def same_answer(predicted: str, label: str, choices=None) -> bool:
+def same_answer(predicted: str, label: str, choices=()) -> bool:
     """Whether two answers say the same, as plain text or to math-verify. Never raises."""
-    texts = [plain_text(label, choices), plain_text(predicted, choices)]
+    options = dict(zip("ABCDEFGHIJ", choices))
+    texts = []
+    for text in (label, predicted):
+        text = re.sub(r"\s*\\boxed\{(.*)\}\s*", r"\1", text).strip(" .")
+        # The letter of a choice stands for its text.
+        texts.append(options.get(text.strip("()").upper(), text))
     if texts[0].casefold() == texts[1].casefold():
         return True
     if COSTLY.search(texts[0]) or COSTLY.search(texts[1]):
@@ -205,13 +200,3 @@ def same_answer(predicted: str, label: str, choices=None) -> bool:
     from math_verify import LatexExtractionConfig, parse, verify
     read = [parse(f"${text}$", [LatexExtractionConfig()], parsing_timeout=3) for text in texts]
     return verify(*read, timeout_seconds=3)
-
-
-def plain_text(text: str, choices=None) -> str:
-    """A text without \\boxed, \\text, $, degrees, needless space; a choice's letter is its text."""
-    text = re.sub(r"\\text\{([^{}]*)\}|\^\{?\\circ\}?|[$°]", r" \1 ", boxed(text) or text)
-    text = re.sub(r" ?([^\w ]) ?", r"\1", " ".join(text.split()).rstrip("."))
-    for letter, option in zip("ABCDEFGHIJ", map(plain_text, choices or [])):
-        if re.fullmatch(rf"\(?{letter}[).:]* ?({re.escape(option)})?", text, re.IGNORECASE):
-            return option
-    return text

@@ -116,11 +116,11 @@ def train(settings: Settings):
     task = data.TASKS[settings.task]
     samples = data.load_samples(settings.data, task, "train",
                                 skip_bad_rows=settings.skip_bad_rows)
-    source = data.fetch(settings.model or task.model, "model")
+    source = data.fetch(settings.model or task.model)
     processor = data.Processor(source, task, settings.image_size, settings.max_prompt_length)
     # Settings that leave no usable prompt fail here, before the weights are read.
     blank = data.Sample("", "nothing", Image.new("RGB", (56, 56)), [], (56, 56), (56, 56))
-    dummy = Group(processor.encode(blank), ids=[processor.label_ids("[]")],
+    dummy = Group(processor.encode(blank), ids=[processor.token_ids("[]")],
                   advantages=torch.zeros(1))
     directory = Path(settings.output_dir or f"runs/{settings.task}-{settings.method}")
     directory.mkdir(parents=True, exist_ok=True)
@@ -136,7 +136,7 @@ def train(settings: Settings):
             resume(run)
         if is_first():
             print(f"{settings.method} on {settings.task}, {dist.get_world_size()} x {device.type}: "
-                  f"{len(samples)} samples ({samples.skipped} bad rows skipped)\n"
+                  f"{len(samples)} samples\n"
                   "A policy loss near 0 is normal: advantages have mean 0. Watch the rewards.")
         loop(run)
 
@@ -292,7 +292,7 @@ def inject_label(run: Run, group: Group):
     style = visurf.preferred_style(run.votes) if run.settings.align_label else "spaced"  # control 1
     text = visurf.align_label(group.example.label, style)
     group.texts.append(text)
-    group.ids.append(run.processor.label_ids(text))
+    group.ids.append(run.processor.token_ids(text + data.END))
 
 
 def compute_advantages(settings: Settings, group: Group) -> torch.Tensor:
