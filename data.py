@@ -29,10 +29,8 @@ END = "<|im_end|>"                # of a completion
 # Answers are in "pixels" of the image that the model sees, or run from 0 to 1000 ("relative").
 COORDINATES = {"qwen2_vl": "relative", "qwen2_5_vl": "pixels", "qwen3_vl": "relative"}
 
-
 class DataError(ValueError):
     """A user's mistake: where it is, what is wrong, and the remedy."""
-
 
 def require(condition, message: str):
     """Raise DataError unless the condition holds."""
@@ -47,7 +45,6 @@ BOXES = ("For each give its bounding box [x1, y1, x2, y2] and one point [x, y] o
 FIND = 'Find everything in the image that matches "{question}". ' + BOXES
 FORMAT = ("First reason about what you see, between <think> and </think>. Then write the answer, "
           "between <answer> and </answer>. For example: <think>your reasoning</think>{example}")
-
 
 @dataclass(frozen=True)
 class Task:
@@ -66,7 +63,6 @@ class Task:
     keep_shape: bool = False      # or keep their shape, with as many pixels at most
     thresholds: rewards.Thresholds = rewards.Thresholds()
     recipe: dict = field(default_factory=dict)        # where train.py's defaults do not suit
-
 
 TASKS = {task.name: task for task in (
     Task("grounding", data="Ricky06662/ViSurf_multi_non_object_7300_size840",
@@ -108,7 +104,6 @@ class Sample:
     where: str = ""               # file and row
     choices: list = field(default_factory=list)      # the texts of A, B, ...
 
-
 def load_samples(source, task: Task, split="train", limit=0, skip_bad_rows=False) -> list[Sample]:
     """Read and check the samples of a source, or the first `limit`; images are decoded later.
 
@@ -142,7 +137,6 @@ def load_samples(source, task: Task, split="train", limit=0, skip_bad_rows=False
         print(f"{path}: {bad_rows} bad rows skipped")
     return samples
 
-
 def open_table(path: Path, split: str):
     """A split of any other data set, which the library `datasets` maps into memory."""
     try:
@@ -167,13 +161,11 @@ def open_table(path: Path, split: str):
     # Arrow's format leaves images encoded, so that a damaged one stops nothing before its turn.
     return table.with_format("arrow")
 
-
 def read_row(rows, number: int) -> dict:
     """One row of a table, or of the lines of a file."""
     row = json.loads(rows[number]) if isinstance(rows, list) else rows[number].to_pylist()[0]
     require(isinstance(row, dict), "not a JSON object")
     return row
-
 
 def read_sample(rows, number: int, path: Path, task: Task) -> Sample:
     """One row, checked; a ValueError or a TypeError says what is wrong with it."""
@@ -202,7 +194,6 @@ def read_sample(rows, number: int, path: Path, task: Task) -> Sample:
     where = f"{path}, row {number + 1}"
     name = str(row.get("id") or row.get("image_id") or where)
     return Sample(name, question, image, label, tuple(frame), original, where, choices)
-
 
 def read_label(row: dict, task: Task, frame) -> list[dict] | str:
     """Check a label: text, or objects, which are cut to the frame; every one gets a point."""
@@ -254,7 +245,6 @@ def find_image(rows, number: int, folder: Path) -> Path | BytesIO:
     require(os.path.isfile(folder / cell), f"no such image file: {str(folder / cell):.200}")
     return folder / cell
 
-
 def open_image(source, only_size=False):
     """An image in RGB, upright as its EXIF tag says; or only its size, from its header."""
     try:
@@ -270,7 +260,6 @@ def open_image(source, only_size=False):
         return image.size[::-1] if is_turned else image.size
     except Exception as error:           # damaged files make Pillow raise nearly anything
         raise DataError(f"unreadable image ({error})") from None
-
 
 def move_objects(objects, src_frame, dst_frame, round_to_int: bool = False):
     """New objects with the same boxes and points in another frame; a text stays as it is.
@@ -304,7 +293,6 @@ class Example:
     grid_thw: torch.Tensor        # (1, 3) int64: 1, rows and columns of patches
     label: list[dict] | str       # in `frame`, whole numbers
     frame: tuple                  # the model's: its prompt, answers and label run to this
-
 
 class Processor:
     """Turns samples into a checkpoint's inputs, and completions into text and rewards."""
@@ -375,7 +363,6 @@ class Processor:
         """The reward components of a completion: see rewards.py."""
         return rewards.score(completion, example.label, self.task.name, example.frame,
                              self.task.thresholds, example.sample.choices)
-
 
 def fetch(name: str) -> Path:
     """The folder of a checkpoint: a local path as it is, or a repository on the hub."""

@@ -28,11 +28,10 @@ import data
 import model
 import rewards
 
-
-def option(default, help: str, choices=None, low=0):
-    """A field of Settings, which is a flag; numbers must be at least `low`."""
-    return field(default=default, metadata={"help": help, "choices": choices, "low": low})
-
+def option(default, help: str, choices=None, low=0, high=math.inf):
+    """A field of Settings, which is a flag; numbers must be from low to high."""
+    words = {"help": help, "choices": choices, "low": low, "high": high}
+    return field(default=default, metadata=words)
 
 @dataclass
 class Settings:
@@ -44,16 +43,14 @@ class Settings:
     split: str = option("test", "of the data", choices=("train", "validation", "test"))
     limit: int = option(0, "only the first so many samples, 0: all")
     eval_batch_size: int = option(32, "prompts answered at a time", low=1)
-    max_completion_length: int = option(512, "longest answer in tokens", low=1)
-    image_size: int = option(0, "side of images in pixels, if not the task's")
+    max_completion_length: int = option(512, "longest answer in tokens", low=1, high=32768)
+    image_size: int = option(0, "side of images in pixels, if not the task's", high=8192)
     skip_bad_rows: bool = option(False, "leave out rows that cannot be used, and count them")
     output_dir: str = option("", "of answers.json, if not runs/eval-TASK-MODEL")
-
 
 def main(argv=None):
     """The command line."""
     run_program("eval.py", run, parse(Settings, argv, "eval.py"))
-
 
 def run(settings: Settings):
     """Answer, measure, write answers.json and print the metrics."""
@@ -81,14 +78,12 @@ def run(settings: Settings):
     for problem in bad_rows:
         data.require(settings.skip_bad_rows, f"{problem}; all others are answered")
 
-
 def write_text(path: Path, text: str):
     """Write a file that is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.unfinished")
     unfinished.write_text(text)
     os.replace(unfinished, path)
-
 
 def evaluate(network, processor, samples, max_new_tokens=512, batch_size=32):
     """Answer samples greedily: each rank its share, all results on all ranks, in samples' order.
@@ -115,7 +110,6 @@ def evaluate(network, processor, samples, max_new_tokens=512, batch_size=32):
     if not all(math.isfinite(result["logprob"]) for result in results):
         raise model.CheckpointError("log-probs are not finite: the weights of --model are damaged")
     return results, gather(bad_rows)
-
 
 def make_result(processor, example, completion) -> dict:
     """One answer, ready for JSON; only its reward is computed in the model's frame."""
@@ -156,7 +150,6 @@ def metrics(results: list[dict], task: data.Task) -> dict:
         means["RMSE"] = math.sqrt(means["squared_error"])
     names = (*task.metrics, "well_formed", "thinking", "truncated", "length", "reward")
     return {name: means.get(name) for name in names} | {"samples": len(results)}
-
 
 def measure(result: dict) -> dict[str, float]:
     """The scores of one answer, as in the authors' evaluation; an unreadable one is wrong."""
@@ -203,12 +196,10 @@ def measure(result: dict) -> dict[str, float]:
                      "one_to_one": len(pairs) / max(len(predicted or []), len(label)),
                      "point_in_box": float(inside.all(axis=2).any())}
 
-
 def numbers_of(answer, name: str, size: int) -> np.ndarray:
     """Boxes (n, 4) or points (n, 2) of an answer's objects; none of an unreadable answer."""
     numbers = [found[name] for found in answer or [] if name in found]
     return np.array(numbers, float).reshape(-1, size)
-
 
 def box_around(boxes: np.ndarray) -> np.ndarray:
     """The smallest box (1, 4) that holds all boxes (n, 4); (0, 4) if n is 0."""
@@ -216,14 +207,12 @@ def box_around(boxes: np.ndarray) -> np.ndarray:
         return boxes
     return np.concatenate([boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)])[None]
 
-
 def paint(objects, size) -> np.ndarray:
     """One mask (height, width), True inside any box of an answer."""
     mask = np.zeros(size[::-1], bool)
     for x1, y1, x2, y2 in numbers_of(objects, "bbox_2d", 4).round().astype(int).clip(0):
         mask[y1:y2, x1:x2] = True
     return mask
-
 
 def format_table(values: dict) -> str:
     """Metrics as text, one a line."""
@@ -241,7 +230,6 @@ class Parser(argparse.ArgumentParser):
         """What argparse calls for a mistake."""
         self.exit(2, f"{self.prog}: {message}\n" if is_first() else None)
 
-
 def parse(settings_class, argv, program: str):
     """Flags from a dataclass's fields; one not given has the task's recipe's value, or its own."""
     parser = Parser(program, description=settings_class.__doc__, allow_abbrev=False)
@@ -258,11 +246,10 @@ def parse(settings_class, argv, program: str):
     settings = settings_class(**vars(parser.parse_args(argv)))
     for setting in fields(settings_class):
         value = getattr(settings, setting.name)
-        low = setting.metadata["low"]
-        if setting.type in (int, float) and not value >= low:
-            parser.error(f"--{setting.name} must be at least {low}, not {value}")
+        low, high = setting.metadata["low"], setting.metadata["high"]
+        if setting.type in (int, float) and not low <= value <= high:
+            parser.error(f"--{setting.name} must be from {low} to {high}, not {value}")
     return settings
-
 
 def run_program(program: str, function, *args):
     """Call function(*args). A user's mistake is one line and exit code 2; our own bugs raise."""
@@ -282,7 +269,6 @@ def run_program(program: str, function, *args):
     if dist.is_initialized():
         dist.destroy_process_group()
 
-
 def start(timeout_minutes: float = 30) -> torch.device:
     """Join torchrun's processes, or be a group of one; returns this process's device."""
     device = torch.device("cpu")
@@ -301,22 +287,18 @@ def start(timeout_minutes: float = 30) -> torch.device:
         dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), **group)
     return device
 
-
 def world() -> tuple[int, int]:
     """This process's rank and the number of ranks."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
 
 def is_first() -> bool:
     """Whether this is rank 0, which prints and writes for all."""
     return world()[0] == 0
 
-
 def share(items) -> list:
     """This rank's part of what all ranks have: a stretch of it, about as long as the others'."""
     rank, size = world()
     return list(items[len(items) * rank // size : len(items) * (rank + 1) // size])
-
 
 def gather(items: list) -> list:
     """The items of all ranks as one list on every rank: all of rank 0, then all of rank 1, ..."""
@@ -327,7 +309,6 @@ def gather(items: list) -> list:
     lists = [None] * size
     dist.all_gather_object(lists, items)
     return sum(lists, [])
-
 
 def on_first_rank(function, *args):
     """Call a function on rank 0 alone; all ranks get its result, or raise its error."""
@@ -341,7 +322,6 @@ def on_first_rank(function, *args):
     if isinstance(outcome, Exception):
         raise outcome
     return outcome
-
 
 if __name__ == "__main__":
     main()

@@ -44,7 +44,6 @@ CHUNK = 256  # tokens whose logits are in memory at a time
 # Tokens between two looks whether all rows have finished, which synchronises with a GPU.
 LOOK_EVERY = {"cpu": 1, "cuda": 8}
 
-
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; its one-line message names the file and the problem."""
 
@@ -122,7 +121,6 @@ class GroupPolicy(nn.Module):
         positions = positions.to(batch.ids.device)
         return positions.flatten(1), positions.amax(dim=(0, 2)) + 1
 
-
 class PromptBatch(NamedTuple):
     """B prompts as tensors; the images of all prompts follow each other."""
 
@@ -140,7 +138,6 @@ class PromptBatch(NamedTuple):
             pixels=[prompt.pixels.to(device) for prompt in prompts],
             grid_thw=torch.cat([prompt.grid_thw for prompt in prompts]).to(device))
 
-
 def pad_completions(groups) -> tuple[torch.Tensor, torch.Tensor]:
     """B groups of N token-id tensors -> ids (B, N, T), right-padded, mask True on real tokens."""
     lengths = torch.tensor([[len(ids) for ids in group] for group in groups])  # (B, N)
@@ -155,10 +152,8 @@ def group_attention(module, query, key, value, attention_mask, attend=None, **kw
     output = attend(module.layer_idx, query[0], key[0], value[0])  # (S, H, E)
     return output[None], None
 
-
 transformers.AttentionInterface.register("visurf", group_attention)
 ATTENTION = {"text_config": "visurf", "vision_config": "sdpa"}
-
 
 class GroupAttention:
     """Causal attention inside each prompt; each completion sees its own prompt and its own past.
@@ -263,14 +258,12 @@ class TokenLogProbs(torch.autograd.Function):
             grad_weight.addmm_(d_logits.T, hidden[part])
         return grad_hidden, grad_weight, None, None, None
 
-
 def scaled_logits(hidden, weight, temperature, forbidden) -> torch.Tensor:
     """Logits (M, V) of the policy in float32; a forbidden token has probability 0."""
     logits = product(hidden, weight.T)
     if temperature != 1:
         logits.div_(temperature)
     return logits.index_fill_(1, forbidden, -torch.inf)
-
 
 def product(a, b) -> torch.Tensor:
     """a @ b, of two matrices or two batches of matrices, in float32."""
@@ -288,7 +281,6 @@ class Completion(NamedTuple):
     ids: torch.Tensor  # (T,) with the end token, if there is one
     logprobs: torch.Tensor  # (T,) under softmax(logits / temperature); 1 if greedy
     finished: bool  # False: cut off at the length limit
-
 
 @torch.inference_mode()
 def generate(network: GroupPolicy, prompts, num_generations: int = 1, max_new_tokens: int = 256,
@@ -335,7 +327,6 @@ def generate(network: GroupPolicy, prompts, num_generations: int = 1, max_new_to
     N = num_generations
     return [completions[i : i + N] for i in range(0, len(completions), N)]
 
-
 def draw(probabilities, uniform) -> torch.Tensor:
     """Index (R, 1) where the cumulative probabilities (R, V) pass uniform (R, 1) in [0, 1)."""
     # torch.multinomial takes 143 ms for 32 rows of 152,000 words on a CPU; this takes 7.
@@ -346,7 +337,6 @@ def draw(probabilities, uniform) -> torch.Tensor:
     # NaN gives an arbitrary word, and its log-prob is NaN too.
     return index.clamp(max=probabilities.shape[1] - 1)
 
-
 def split_rows(ids, logprobs, stop) -> list[Completion]:
     """Sampled ids and log-probs (length, R) as R completions, each cut after its end token."""
     ended = torch.isin(ids, stop)  # (length, R)
@@ -355,7 +345,6 @@ def split_rows(ids, logprobs, stop) -> list[Completion]:
         length = int(ended[:, r].int().argmax()) + 1 if finished else len(ids)
         completions.append(Completion(ids[:length, r], logprobs[:length, r], finished))
     return completions
-
 
 class Decoder:
     """Runs each prompt once, then one token of each row a step, with a KV cache.
@@ -472,7 +461,6 @@ SIDE_FILES = ("tokenizer*.json", "vocab.json", "merges.txt", "added_tokens.json"
               "special_tokens_map.json", "generation_config.json", "preprocessor_config.json",
               "chat_template.json", "chat_template.jinja", "LICENSE*")
 
-
 def load_pretrained(path, dtype=torch.float32, device="cpu") -> GroupPolicy:
     """Load a Hugging Face checkpoint directory, in a type or, with "auto", in its own.
 
@@ -507,24 +495,20 @@ def load_pretrained(path, dtype=torch.float32, device="cpu") -> GroupPolicy:
             network.forbidden_tokens += range(words, config.text_config.vocab_size)
     return network
 
-
 def empty_network(config, dtype=torch.float32) -> GroupPolicy:
     """A network of shapes only, without memory: its parameters are on the meta device."""
     with torch.device("meta"):
         return GroupPolicy(transformers.AutoModelForImageTextToText.from_config(
             config, dtype=dtype, attn_implementation=ATTENTION))
 
-
 def fused_rms_norm(module, x) -> torch.Tensor:
     """transformers' RMSNorm in one operation; written out it costs a fifth of a small network."""
     return F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
-
 
 def patch_product(module, pixels) -> torch.Tensor:
     """A convolution whose stride is its kernel, as the matrix product that it is."""
     weight = module.proj.weight.flatten(1)  # (width, channels * time * height * width)
     return F.linear(pixels.to(weight.dtype), weight, module.proj.bias)
-
 
 @contextmanager
 def named_errors(path):
@@ -533,7 +517,6 @@ def named_errors(path):
         yield
     except Exception as error:
         raise CheckpointError(f"{path}: {' '.join(str(error).split())[:300]}") from None
-
 
 def save_pretrained(network: GroupPolicy, directory, source, dtype=torch.bfloat16):
     """Write a Hugging Face checkpoint: weights in `dtype` under their hub names, config.json,

@@ -25,14 +25,12 @@ COSTLY = re.compile(r"""
        (?![a-zA-Z])|[{}%])|!|[^ -~]|.{201}|^[a-zA-Z ]{3,}$|\d[ ]\d
     |\^(?!\w|\{-?\w{1,2}\}|\{?\\circ)|(\^.*){4}|(\^\{-?\d\d.*){2}""", re.VERBOSE)
 
-
 @dataclass(frozen=True)
 class Thresholds:
     """A pair agrees above this IoU, and below these distances in pixels of 840 x 840."""
     iou: float = 0.5
     box_l1: float = 10.0         # mean difference of the four numbers
     point: float = 30.0
-
 
 def score(completion: str, label: list[dict] | str, task: str = "grounding", frame=(840, 840),
           thresholds=Thresholds(), choices=()) -> dict[str, float]:
@@ -54,13 +52,11 @@ def score(completion: str, label: list[dict] | str, task: str = "grounding", fra
     components |= score_objects(predicted, label, frame, thresholds)
     return components | {"non_repeat": non_repeat(completion)}
 
-
 def has_thinking(completion: str) -> bool:
     """Whether this is `<think>words</think>`, white space, `<answer>...</answer>` and no more."""
     text = r"((?:(?!</?(?:think|answer)>).)*)"          # any text without these tags
     found = re.fullmatch(rf"(?s)\s*<think>{text}</think>\s*<answer>{text}</answer>\s*", completion)
     return found is not None and re.search(r"[^\W_]", found[1]) is not None
-
 
 def non_repeat(completion: str) -> float:
     """1, or 0 if two or more sentences of the prose repeat; case and white space do not count."""
@@ -68,7 +64,6 @@ def non_repeat(completion: str) -> float:
     # The point in 0.5 does not end a sentence.
     sentences = re.findall(r"(?:[^.!?\n。！？]|(?<=\d)\.(?=\d))+", prose)
     return float(len(sentences) - len(set(sentences)) < 2)
-
 
 def score_objects(predicted, label, frame, thresholds) -> dict[str, float]:
     """Format and accuracy of objects, or of a number: 3 if right, 1 if the label shows objects."""
@@ -103,7 +98,6 @@ def score_objects(predicted, label, frame, thresholds) -> dict[str, float]:
     # Divided by the larger number, an object too many costs as much as one too few.
     return {"format": readable, "accuracy": float(total / max(gains.shape))}
 
-
 def iou(boxes_a, boxes_b) -> np.ndarray:
     """Intersection over union of boxes (n, 4) with boxes (m, 4), x2 - x1 wide: (n, m)."""
     a = np.reshape(boxes_a, (-1, 1, 4))
@@ -112,7 +106,6 @@ def iou(boxes_a, boxes_b) -> np.ndarray:
     intersection = sides.clip(0).prod(axis=2)
     areas = (a[..., 2:] - a[..., :2]).prod(axis=2) + (b[..., 2:] - b[..., :2]).prod(axis=2)
     return intersection / np.maximum(areas - intersection, 1e-12)        # no areas: 0 / 1e-12
-
 
 def match(gains) -> list[tuple[int, int]]:
     """(row, column) pairs of integer gains (n, m) >= 0, one-to-one, with the largest sum; none 0.
@@ -151,7 +144,6 @@ def match(gains) -> list[tuple[int, int]]:
         column_price[list(dead_ends)] += 1
     return sorted(zip(row_of.values(), row_of.keys()))
 
-
 def split_completion(completion: str) -> tuple[str, str | None]:
     """The prose before the last `<answer>` outside thinking, and the answer, None if not closed."""
     # NUL hides thinking: no answer starts there, and JSON forbids it inside an answer.
@@ -160,7 +152,6 @@ def split_completion(completion: str) -> tuple[str, str | None]:
     answer, closed, _ = rest.partition("</answer>")
     prose = completion[:len(before)] if opened else completion
     return prose, answer if opened and closed else None
-
 
 def read_answer(completion: str, task: str) -> list[dict] | str | None:
     """The answer as text, or as objects with their readable fields alone; None if malformed."""
@@ -183,7 +174,6 @@ def read_answer(completion: str, task: str) -> list[dict] | str | None:
                 if max(map(abs, numbers)) <= 100_000:
                     objects[index][name] = numbers
     return objects
-
 
 def same_answer(predicted: str, label: str, choices=()) -> bool:
     """Whether two answers say the same, as plain text or to math-verify. Never raises."""

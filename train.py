@@ -43,7 +43,6 @@ from data import DataError, require
 from eval import (gather, is_first, on_first_rank, option, parse, run_program, share, start,
                   write_text)
 
-
 @dataclass
 class Settings:
     """Post-train a Qwen-VL checkpoint. A task's recipe (data.TASKS) replaces some defaults."""
@@ -58,22 +57,21 @@ class Settings:
     max_steps: int = option(500, "batches of prompts to train on", low=1)
     batch_size: int = option(16, "prompts in a step", low=1)
     micro_batch_size: int = option(1, "prompts, with their groups, in one forward pass", low=1)
-    num_generations: int = option(8, "rollouts of each prompt (G)", low=1)
+    num_generations: int = option(8, "rollouts of each prompt (G)", low=1, high=1024)
     max_prompt_length: int = option(4096, "longest prompt in tokens; none is ever cut", low=1)
-    max_completion_length: int = option(512, "longest rollout in tokens", low=1)
+    max_completion_length: int = option(512, "longest rollout in tokens", low=1, high=32768)
     temperature: float = option(1.0, "of sampling and of log-probs", low=0.01)
     learning_rate: float = option(1e-6, "of AdamW, constant")
     align_label: bool = option(True, "control 1: write the label in the rollouts' style")
     drop_thinking_reward: bool = option(True, "control 2: no thinking reward for the label")
     smooth_label_reward: bool = option(True, "control 3: no advantage for a label that is matched")
-    image_size: int = option(0, "side of images in pixels, if not the task's")
+    image_size: int = option(0, "side of images in pixels, if not the task's", high=8192)
     skip_bad_rows: bool = option(False, "leave out rows that cannot be used, and count them")
     checkpoint_activations: bool = option(True, "compute activations twice to save memory")
     cpu_offload: bool = option(False, "keep weights and optimizer off the GPU: much slower")
     timeout: float = option(30, "minutes to wait for a rank that does not answer", low=0.01)
     save_steps: int = option(100, "steps between checkpoints", low=1)
     keep: int = option(1, "checkpoints to keep", low=1)
-
 
 @dataclass
 class Run:
@@ -93,7 +91,6 @@ class Run:
     step: int = 0                      # steps done
     not_finite: int = 0                # updates skipped in a row: loss or gradient not finite
 
-
 # Settings that --resume cannot change, and what a checkpoint keeps beside the tensors.
 FIXED = ("task", "method", "model", "data", "seed", "batch_size")
 COUNTERS = ("step", "not_finite", "votes")
@@ -102,11 +99,9 @@ LOGS = ("metrics", "completions")
 noted = []                             # signals this process received
 warnings.filterwarnings("ignore", "torch.distributed is disabled")    # one process saves alone
 
-
 def main(argv=None):
     """The command line."""
     run_program("train.py", train, parse(Settings, argv, "train.py"))
-
 
 def train(settings: Settings):
     """Check what the user gave, load the network and train it."""
@@ -135,11 +130,9 @@ def train(settings: Settings):
         if settings.resume:
             resume(run)
         if is_first():
-            print(f"{settings.method} on {settings.task}, {dist.get_world_size()} x {device.type}: "
-                  f"{len(samples)} samples\n"
-                  "A policy loss near 0 is normal: advantages have mean 0. Watch the rewards.")
+            print(f"{settings.method} on {settings.task}, {dist.get_world_size()} x {device.type}, "
+                  f"{len(samples)} samples.\nA policy loss near 0 is normal: advantages have mean 0. Watch the rewards.")
         loop(run)
-
 
 def loop(run: Run):
     """Train step by step; save now and then, and if a signal or a user's mistake ends the run."""
@@ -168,9 +161,7 @@ def loop(run: Run):
     save(run)
     if is_first():
         checkpoint = run.directory / f"checkpoint-{run.step}"
-        print(f"python eval.py --task {settings.task} --model {checkpoint} measures the result\n"
-              f"python extras/report.py {run.directory} shows the run on a page")
-
+        print(f"python eval.py --task {settings.task} --model {checkpoint} measures the result")
 
 @dataclass
 class Group:
@@ -189,7 +180,6 @@ class Group:
         return {"question": self.example.sample.question, "texts": self.texts,
                 "lengths": [*map(len, self.ids)], "truncated": self.truncated,
                 "rewards": self.rewards, "advantages": self.advantages.tolist()}
-
 
 def train_step(run: Run) -> tuple[dict, list[dict]]:
     """The method on the next batch: metrics, and a record of each group of all ranks."""
@@ -221,7 +211,6 @@ def train_step(run: Run) -> tuple[dict, list[dict]]:
     values["update_seconds"] = time.perf_counter() - sampled
     return values, records
 
-
 def summarize(records: list[dict], settings: Settings) -> dict:
     """Means over all rollouts of a step, and over its labels if they were injected."""
     G = settings.num_generations
@@ -238,7 +227,6 @@ def summarize(records: list[dict], settings: Settings) -> dict:
             columns["label_active"].append(record["advantages"][-1] != 0)
             columns["label_advantage"].append(record["advantages"][-1])
     return {name: np.mean(values) for name, values in columns.items()}
-
 
 def encode_share(run: Run, places: range) -> tuple[list[Group], int]:
     """This rank's share of some places in the endless stream of prompts, as groups without any
@@ -260,7 +248,6 @@ def encode_share(run: Run, places: range) -> tuple[list[Group], int]:
         require(run.settings.skip_bad_rows, f"{problem}; see --skip_bad_rows")
     return groups, len(bad_rows)
 
-
 def sample(run: Run, groups: list[Group], num_generations: int, temperature: float):
     """Add completions from the current policy to each group."""
     prompts = [group.example for group in groups]
@@ -274,7 +261,6 @@ def sample(run: Run, groups: list[Group], num_generations: int, temperature: flo
             group.texts.append(run.processor.decode(completion.ids, completion.finished))
             group.truncated += not completion.finished
 
-
 def vote_for_style(run: Run, groups: list[Group]):
     """Control 1: count the styles of all ranks' well-formed answers."""
     styles = []
@@ -286,14 +272,12 @@ def vote_for_style(run: Run, groups: list[Group]):
     # Answers that several styles would write alike, such as [], say nothing.
     del run.votes[None]
 
-
 def inject_label(run: Run, group: Group):
     """Add the label to its group, in the rollouts' style."""
     style = visurf.preferred_style(run.votes) if run.settings.align_label else "spaced"  # control 1
     text = visurf.align_label(group.example.label, style)
     group.texts.append(text)
     group.ids.append(run.processor.token_ids(text + data.END))
-
 
 def compute_advantages(settings: Settings, group: Group) -> torch.Tensor:
     """Advantages (N,) of one group, in float64; in SFT the label weighs 1."""
@@ -307,7 +291,6 @@ def compute_advantages(settings: Settings, group: Group) -> torch.Tensor:
     if settings.smooth_label_reward:
         label = visurf.smooth_label_reward(rollouts, label)  # control 3
     return visurf.group_advantages(visurf.inject_label(rollouts, label))
-
 
 def update(run: Run, groups: list[Group]) -> dict:
     """One optimizer step on the groups of all ranks; the loss is a mean over all their tokens."""
@@ -356,7 +339,6 @@ def update(run: Run, groups: list[Group]) -> dict:
     run.optimizer.zero_grad()
     return {"loss": mean_loss, "grad_norm": norm, "not_finite": run.not_finite}
 
-
 def load_network(settings: Settings, source, device) -> tuple:
     """Load and shard the network: each of W ranks holds 1/W of each weight, in float32.
 
@@ -391,7 +373,6 @@ def load_network(settings: Settings, source, device) -> tuple:
         network.train()
     return network, twin
 
-
 @contextmanager
 def gathered(run: Run):
     """The whole network on every rank, for sampling: a plain twin that borrows its weights."""
@@ -409,7 +390,6 @@ def gathered(run: Run):
         for unit in units:
             unit.reshard()
 
-
 def claim_directory(settings: Settings, directory: Path, lock):
     """Take the directory for this run, unless another run is in it, or was without --resume."""
     try:
@@ -424,7 +404,9 @@ def claim_directory(settings: Settings, directory: Path, lock):
     for name in FIXED:
         require(before.get(name) == getattr(settings, name), f"{directory} holds a run with "
                 f"--{name} {before.get(name)!r}, which --resume cannot change")
-
+    for name, value in asdict(settings).items():
+        if value != before.get(name) and name != "resume":
+            print(f"--{name} {value} from here on, before it was {before.get(name)}")
 
 def own_checkpoints(directory: Path) -> list[Path]:
     """The complete checkpoints of the run, from the oldest to the newest; nothing else's."""
@@ -434,7 +416,6 @@ def own_checkpoints(directory: Path) -> list[Path]:
         if step.isdecimal() and (path / f"{STATE}.json").is_file() and not path.is_symlink():
             found[int(step)] = path
     return [found[step] for step in sorted(found)]
-
 
 def save(run: Run):
     """Write checkpoint-STEP unless it is there, then delete the oldest beyond --keep."""
@@ -469,7 +450,6 @@ def save(run: Run):
         on_first_rank(os.rename, old, unfinished)
         on_first_rank(shutil.rmtree, unfinished)
 
-
 def tensors(run: Run) -> dict[str, torch.Tensor]:
     """All tensors of the training state: weights, and AdamW's moments and step counts."""
     found = {}
@@ -485,7 +465,6 @@ def tensors(run: Run) -> dict[str, torch.Tensor]:
             found[f"{key}/{name}"] = value
     return found
 
-
 def compute_digests(directory: Path) -> dict[str, str]:
     """SHA-256 of all tensor files by name; each rank reads its share of them."""
     digests = []
@@ -493,7 +472,6 @@ def compute_digests(directory: Path) -> dict[str, str]:
         with open(path, "rb") as file:
             digests.append((path.name, hashlib.file_digest(file, "sha256").hexdigest()))
     return dict(gather(digests))
-
 
 def resume(run: Run):
     """Go on from the last checkpoint, if there is one, on as many ranks as there are now."""
@@ -513,14 +491,12 @@ def resume(run: Run):
             with open(run.directory / f"{name}.jsonl", "a") as file:
                 file.truncate(state["log_sizes"].get(name, 0))
 
-
 def read_json(path: Path) -> dict:
     """What a file of this run holds; DataError if the file was damaged."""
     try:
         return json.loads(path.read_text())
     except ValueError as error:
         raise DataError(f"{path}: damaged ({error}); delete it") from None
-
 
 def log_step(run: Run, values: dict, records: list[dict]):
     """A line on the console and a record in the logs; every tenth step whole groups too."""
@@ -539,7 +515,6 @@ def log_step(run: Run, values: dict, records: list[dict]):
             for entry in entries:
                 file.write(json.dumps({"step": run.step} | entry) + "\n")
 
-
 def leave_if_asked():
     """End all ranks if a signal came to any of them, with the exit code 128 + its number."""
     numbers = gather(noted[:1])
@@ -548,7 +523,6 @@ def leave_if_asked():
             name = signal.Signals(numbers[0]).name
             print(f"train.py: stopped by {name}; --resume continues", file=sys.stderr)
         sys.exit(128 + numbers[0])
-
 
 if __name__ == "__main__":
     main()

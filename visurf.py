@@ -28,7 +28,6 @@ def write_tight_lists(answer: list[dict]) -> str:
     """json.dumps without the space between two numbers."""
     return re.sub(r"(?<=\d), (?=-?\d)", ",", json.dumps(answer))
 
-
 # Candidates for the label's style: name -> function(answer) -> the text between the answer tags.
 # VisionReasoner's labels are spaced, its prompt has tight lists.
 STYLES = {
@@ -37,7 +36,6 @@ STYLES = {
     "compact": partial(json.dumps, separators=(",", ":")),
     "indented": partial(json.dumps, indent=2),
 }
-
 
 def style_of(answer_text: str) -> str | None:
     """Reward control 1: the style that writes a rollout's answer exactly as it stands, or None.
@@ -54,17 +52,14 @@ def style_of(answer_text: str) -> str | None:
     # All styles write "[]" and "24" alike: such an answer has no vote.
     return matching[0] if len(matching) == 1 else None
 
-
 def preferred_style(votes: Counter) -> str:
     """The style with most votes; of several, or without any vote, the first in STYLES."""
     return max(STYLES, key=lambda name: votes[name])
-
 
 def align_label(answer: list[dict] | str, style: str) -> str:
     """The label's completion, `<answer>...</answer>`; an answer that is text stays as it is."""
     text = answer if isinstance(answer, str) else STYLES[style](answer)
     return f"<answer>{text}</answer>"
-
 
 def label_reward(components: dict, credit_thinking: bool = False) -> torch.Tensor:
     """Reward control 2: the sum of the label's reward components without that for thinking.
@@ -83,7 +78,6 @@ def label_reward(components: dict, credit_thinking: bool = False) -> torch.Tenso
         reward = reward + torch.as_tensor(value, dtype=torch.float64)
     return reward
 
-
 def smooth_label_reward(rollout_rewards, label_reward) -> torch.Tensor:
     """Reward control 3: where a rollout is as good as the label, the label gets the rollouts' mean.
 
@@ -97,11 +91,9 @@ def smooth_label_reward(rollout_rewards, label_reward) -> torch.Tensor:
     solved = rollout_rewards.amax(dim=-1) >= label_reward                   # (...)
     return torch.where(solved, rollout_rewards.mean(dim=-1), label_reward)
 
-
 def inject_label(rollout_rewards, label_reward) -> torch.Tensor:
     """Rewards of the whole group: (..., G) and the label's (...) -> (..., N), the label last."""
     return torch.cat([rollout_rewards, label_reward[..., None]], dim=-1)
-
 
 def group_advantages(rewards, eps: float = 1e-6) -> torch.Tensor:
     """A_m = (r_m - mean) / (std + eps) within each group: (..., N) -> (..., N)   (Eq. 6-7).
@@ -119,7 +111,6 @@ def group_advantages(rewards, eps: float = 1e-6) -> torch.Tensor:
     centred = torch.where(centred.abs() <= rounding, 0.0, centred)
     return centred / (rewards.std(dim=-1, keepdim=True) + eps)
 
-
 def policy_loss(logprobs, old_logprobs, advantages, mask, epsilon: float = 0.2, total=None):
     """The negated objective: the mean of min(rho A, clip(rho) A), without reference KL (Eq. 8).
 
@@ -134,11 +125,9 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, epsilon: float = 0.2, 
     objective = torch.minimum(rho * A, rho.clamp(1 - epsilon, 1 + epsilon) * A)
     return -masked_mean(objective, mask, total)
 
-
 def sft_loss(logprobs, mask, total=None) -> torch.Tensor:
     """Cross-entropy of labels (..., T): its gradient is policy_loss's with advantages 1."""
     return -masked_mean(logprobs, mask, total)
-
 
 def masked_mean(values, mask, total=None) -> torch.Tensor:
     """The sum of values (..., T) where mask is True, divided by `total` or else by their number."""
