@@ -207,7 +207,7 @@ def read_label(row: dict, task: Task, frame) -> list[dict] | str:
     # Labels are read like answers: no rollout could match an unreadable one. Tables with gaps
     # hold counts as 24.0.
     label = rewards.read_answer(f"<answer>{text.removesuffix('.0')}</answer>", task.name)
-    require(label not in (None, ""), f"no label that {task.name} can read: {text:.80}")
+    require(label is not None, f"no label that {task.name} can read: {text:.80}")
     if isinstance(label, str):
         return label
 
@@ -373,4 +373,4 @@ def fetch(name: str) -> Path:
         return Path(snapshot_download(str(name), ignore_patterns=["*.bin", "*.pt*", "*.py"]))
     except Exception as error:           # no such name, no network, a full disk
         raise DataError(f"{name}: no such folder, nor on the Hugging Face hub "
-                        f"({error!r:.300}); give one with --model") from None
+                        f"({error!r:.300}); give a name that exists") from None

@@ -65,7 +65,7 @@ def run(settings: Settings):
     processor = data.Processor(checkpoint, task, settings.image_size)
     # Check before the work that the result can be written.
     data.require(not answers.exists(), f"{answers} is there already: give another --output_dir")
-    on_first_rank(write_text, answers.with_name("config.json"), json.dumps(asdict(settings)))
+    on_first_rank(write_text, answers.with_name("eval.json"), json.dumps(asdict(settings)))
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     network = model.load_pretrained(checkpoint, dtype, device)
@@ -218,7 +218,9 @@ def format_table(values: dict) -> str:
     """Metrics as text, one a line."""
     lines = []
     for name, value in values.items():
-        lines.append(f"{name:12}{'-' if value is None else format(value, '.4g'):>10}")
+        # An undefined metric is None.
+        shown = f"{value:.4g}" if isinstance(value, float) else str(value)
+        lines.append(f"{name:12}{shown:>10}")
     return "\n".join(lines)
 
 

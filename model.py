@@ -319,8 +319,8 @@ def generate(network: GroupPolicy, prompts, num_generations: int = 1, max_new_to
         ids.append(tokens[:, 0])
         logprobs.append(probabilities.gather(1, tokens).log()[:, 0])
         running &= ~torch.isin(ids[t], stop)
-        is_last = t + 1 == max_new_tokens
-        if is_last or t % LOOK_EVERY[device.type] == 0 and not running.any():
+        looks = t % LOOK_EVERY[device.type] == 0
+        if t + 1 == max_new_tokens or (looks and not running.any()):
             break
         hidden = decoder.step(ids[t])
     completions = split_rows(torch.stack(ids).cpu(), torch.stack(logprobs).cpu(), stop.cpu())
@@ -482,7 +482,8 @@ def load_pretrained(path, dtype=torch.float32, device="cpu") -> GroupPolicy:
             if report[kind]:
                 raise ValueError(f"{kind} in its safetensors files: {sorted(report[kind])[0]}")
         network = GroupPolicy(vlm.to(device)).eval()
-        stop = vlm.generation_config.eos_token_id
+        # Not vlm.generation_config: transformers silently goes without a damaged file.
+        stop = transformers.GenerationConfig.from_pretrained(path, **local).eos_token_id
         network.stop_tokens = stop if isinstance(stop, list) else [stop]
         for name in ("image", "video", "vision_start", "vision_end", "vision"):
             token = getattr(config, f"{name}_token_id", None)
@@ -519,8 +520,7 @@ def named_errors(path):
         raise CheckpointError(f"{path}: {' '.join(str(error).split())[:300]}") from None
 
 def save_pretrained(network: GroupPolicy, directory, source, dtype=torch.bfloat16):
-    """Write a Hugging Face checkpoint: weights in `dtype` under their hub names, config.json,
-    and the tokenizer's and processor's files of the checkpoint `source`."""
+    """Write a Hugging Face checkpoint; `source` is one that has its tokenizer and processor."""
     directory = Path(directory)
     state = {name: parameter.detach().to("cpu", dtype, copy=True)
              for name, parameter in network.vlm.named_parameters()}

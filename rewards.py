@@ -155,9 +155,9 @@ def split_completion(completion: str) -> tuple[str, str | None]:
 
 def read_answer(completion: str, task: str) -> list[dict] | str | None:
     """The answer as text, or as objects with their readable fields alone; None if malformed."""
-    _, text = split_completion(completion)
-    if text is None or task == "math":
-        return text and text.strip()
+    text = split_completion(completion)[1] or ""
+    if task == "math":
+        return text.strip() or None
     if task == "counting" and re.fullmatch(r"\s*[0-9]{1,4}\s*", text):
         return str(int(text))
     try:
@@ -180,7 +180,7 @@ def same_answer(predicted: str, label: str, choices=()) -> bool:
     options = dict(zip("ABCDEFGHIJ", choices))
     texts = []
     for text in (label, predicted):
-        text = re.sub(r"\s*\\boxed\{(.*)\}\s*", r"\1", text).strip(" .")
+        text = re.sub(r"^\\boxed\{(.*)\}[\s.]*$", r"\1", text.strip()).strip().rstrip(" .")
         # The letter of a choice stands for its text.
         texts.append(options.get(text.strip("()").upper(), text))
     if texts[0].casefold() == texts[1].casefold():

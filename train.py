@@ -131,7 +131,8 @@ def train(settings: Settings):
             resume(run)
         if is_first():
             print(f"{settings.method} on {settings.task}, {dist.get_world_size()} x {device.type}, "
-                  f"{len(samples)} samples.\nA policy loss near 0 is normal: advantages have mean 0. Watch the rewards.")
+                  f"{len(samples)} samples")
+            print("A policy loss near 0 is normal: advantages have mean 0. Watch the rewards.")
         loop(run)
 
 def loop(run: Run):
@@ -229,8 +230,7 @@ def summarize(records: list[dict], settings: Settings) -> dict:
     return {name: np.mean(values) for name, values in columns.items()}
 
 def encode_share(run: Run, places: range) -> tuple[list[Group], int]:
-    """This rank's share of some places in the endless stream of prompts, as groups without any
-    completion, and how many of all places have a bad row."""
+    """This rank's share of places in the stream of prompts, as groups; how many rows were bad."""
     groups = []
     bad_rows = []
     for place in share(places):
@@ -401,11 +401,10 @@ def claim_directory(settings: Settings, directory: Path, lock):
     require(settings.resume or not (config.exists() or own_checkpoints(directory)),
             f"{directory} holds another run: --resume continues it, or give another --output_dir")
     before = read_json(config) if config.exists() else asdict(settings)
-    for name in FIXED:
-        require(before.get(name) == getattr(settings, name), f"{directory} holds a run with "
-                f"--{name} {before.get(name)!r}, which --resume cannot change")
     for name, value in asdict(settings).items():
         if value != before.get(name) and name != "resume":
+            require(name not in FIXED, f"{directory} holds a run with --{name} "
+                    f"{before.get(name)!r}, which --resume cannot change")
             print(f"--{name} {value} from here on, before it was {before.get(name)}")
 
 def own_checkpoints(directory: Path) -> list[Path]:
@@ -415,7 +414,7 @@ def own_checkpoints(directory: Path) -> list[Path]:
         step = path.name.partition("-")[2]
         if step.isdecimal() and (path / f"{STATE}.json").is_file() and not path.is_symlink():
             found[int(step)] = path
-    return [found[step] for step in sorted(found)]
+    return list(dict(sorted(found.items())).values())
 
 def save(run: Run):
     """Write checkpoint-STEP unless it is there, then delete the oldest beyond --keep."""
@@ -434,10 +433,11 @@ def save(run: Run):
             on_first_rank(model.save_pretrained, network, unfinished, run.source)
         writer = dcp.HuggingFaceStorageWriter(str(unfinished / STATE), save_distributed=True)
         dcp.save(tensors(run), storage_writer=writer, no_dist=dist.get_world_size() == 1)
-        state = {name: getattr(run, name) for name in COUNTERS}
-        state["digests"] = compute_digests(unfinished)
-        state["log_sizes"] = {path.stem: path.stat().st_size
-                              for path in run.directory.glob("*.jsonl")}
+        state = {"digests": compute_digests(unfinished), "log_sizes": {}}
+        for name in COUNTERS:
+            state[name] = getattr(run, name)
+        for path in run.directory.glob("*.jsonl"):
+            state["log_sizes"][path.stem] = path.stat().st_size
         on_first_rank(write_text, unfinished / f"{STATE}.json", json.dumps(state, indent=1))
         # The name must not reach the disk before the contents.
         os.sync()
@@ -494,23 +494,26 @@ def resume(run: Run):
 def read_json(path: Path) -> dict:
     """What a file of this run holds; DataError if the file was damaged."""
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except ValueError as error:
-        raise DataError(f"{path}: damaged ({error}); delete it") from None
+        content = error
+    require(isinstance(content, dict), f"{path}: damaged ({content!r:.80}); delete it")
+    return content
 
 def log_step(run: Run, values: dict, records: list[dict]):
     """A line on the console and a record in the logs; every tenth step whole groups too."""
     line = f"step {run.step:4d}/{run.settings.max_steps}"
     for name, value in values.items():
         line += f" | {name} {value:.3g}"
+        if not math.isfinite(value):
+            # JSON has no NaN.
+            values[name] = None
     print(line, flush=True)
-    # JSON has no NaN.
-    metrics = {name: value if math.isfinite(value) else None for name, value in values.items()}
-    metrics["style"] = visurf.preferred_style(run.votes)
+    values["style"] = visurf.preferred_style(run.votes)
     groups = records if run.step % 10 == 1 else []
     for group in groups[:1]:
         print(f"    {group['texts'][0]!r} earns {group['rewards'][0]}")
-    for name, entries in zip(LOGS, ([metrics], groups)):
+    for name, entries in zip(LOGS, ([values], groups)):
         with open(run.directory / f"{name}.jsonl", "a") as file:
             for entry in entries:
                 file.write(json.dumps({"step": run.step} | entry) + "\n")

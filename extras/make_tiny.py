@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
+from transformers import AutoConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "extras")]
@@ -81,7 +82,7 @@ def make(settings, source: Path):
     write_configs(source, vocab)
     torch.manual_seed(settings.seed)
     network = random_network(source)
-    processor = data.Processor.from_pretrained(source, data.TASKS["digits"])
+    processor = data.Processor(source, data.TASKS["digits"])
 
     def lessons(stage, *sizes):
         return batches(processor, *sizes, seed=3 * settings.seed + stage)
@@ -185,7 +186,7 @@ def write_configs(directory: Path, vocab: dict):
 
 def random_network(directory: Path) -> model.GroupPolicy:
     """A network by the configuration in a folder, with PyTorch's usual random weights."""
-    network = model.empty_network(model.read_config(directory))
+    network = model.empty_network(AutoConfig.from_pretrained(directory))
     network.to_empty(device="cpu")
     for module in network.vlm.modules():
         network.vlm._init_weights(module)        # norms, and the buffers of rotary tables
@@ -305,7 +306,7 @@ def tokens(processor, scene: list[dict], sort: str, rng) -> tuple[torch.Tensor, 
     if sort == "match":
         return processor.token_ids(question), processor.token_ids(answer)
     question += "<|im_end|>\n<|im_start|>assistant\n"
-    return processor.token_ids(question), processor.label_ids(answer)
+    return processor.token_ids(question), processor.token_ids(answer + data.END)
 
 
 def teach_seeing(network, tokenizer, batches, steps: int, learning_rate: float):

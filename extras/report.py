@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import eval as evaluation
 
-# quantity in metrics.jsonl or timing.jsonl -> what a reader should know about it
+# quantity in metrics.jsonl -> what a reader should know about it
 CURVES = {
     "reward": "Mean over the rollouts of a step; rises.",
     "reward/thinking": "Reasoning stands before the answer, in its tags.",
@@ -34,7 +34,6 @@ CURVES = {
     "reward/non_repeat": "Nothing is said twice; near its maximum.",
     "label_active": "Share of prompts where the label still teaches; falls as rollouts catch up.",
     "label_advantage": "How far the label is above its group, in standard deviations; falls, too.",
-    "no_signal": "Share of prompts whose group all earns the same, which teaches nothing.",
     "length": "Mean tokens of a rollout; a jump means that the style has changed.",
     "truncated": "Share of rollouts that hit the length limit; near 0, or the limit is too low.",
     "loss": "Near 0 with rollouts, as advantages have mean 0: watch the reward. Falls for sft.",
@@ -78,12 +77,12 @@ def report(settings):
     output.parent.mkdir(parents=True, exist_ok=True)
     evaluation.write_text(output, page(runs))
     rows = result_rows(runs)
-    width = max(map(len, rows[0])) + 2
+    width = max(len(cell) for _, *cells in rows for cell in cells) + 2
     for name, *values in rows:
-        print(data.printable(f"{name:12}" + "".join(f"{value:>{width}}" for value in values)))
+        print(plain(f"{name:12}" + "".join(f"{value:>{width}}" for value in values)))
     for run in runs:
         for problem in run.problems:
-            print(data.printable(problem))
+            print(plain(problem))
     print(f"\nreport  {output}")
 
 
@@ -120,10 +119,10 @@ class Run:
 
     name: str
     settings: dict
-    steps: list[dict]               # a record for each step: metrics.jsonl and timing.jsonl
-    tested: dict[str, dict]         # "before" and "after", or "after" alone -> held-out metrics
-    answers: list[dict]             # results of eval.evaluate, after training
-    groups: list[dict]              # records of completions.jsonl: the first and the last
+    steps: list[dict]               # train.py's records of metrics.jsonl, one for each step
+    groups: list[dict]              # and of completions.jsonl: the first and the last
+    metrics: dict                   # eval.py's
+    answers: list[dict]             # and its results of eval.evaluate
     problems: list[str]             # a line on each file that could not be read
 
 
@@ -131,24 +130,13 @@ def read_run(directory: Path, name: str) -> Run:
     problems = []
     if not any((directory / file).exists() for file in ("config.json", "answers.json")):
         raise data.DataError(f"{directory}: neither train.py nor eval.py has written here")
-    files = {stem: read_json(directory / f"{stem}.json", problems)
-             for stem in ("config", "before", "after", "answers")}
-    after = files["after"] or files["answers"]
-    tested = {"before": files["before"].get("metrics", {}), "after": after.get("metrics", {})}
-    steps = {}
-    for stem in ("metrics", "timing"):
-        for record in read_lines(directory / f"{stem}.jsonl", problems):
-            steps.setdefault(record.get("step"), {}).update(record)
-    for path in directory.glob("eval-*.json"):
-        step = path.stem.removeprefix("eval-")
-        if step.isdecimal() and int(step) in steps:
-            for metric, value in read_json(path, problems).get("metrics", {}).items():
-                steps[int(step)][f"held out/{metric}"] = value
+    config = read_json(directory / "config.json", problems)
+    evaluated = read_json(directory / "answers.json", problems)
+    steps = [record for record in read_lines(directory / "metrics.jsonl", problems)
+             if isinstance(record.get("step"), int)]
     groups = read_lines(directory / "completions.jsonl", problems)
-    return Run(name, files["config"] or files["answers"].get("settings", {}),
-               [steps[step] for step in sorted(step for step in steps if isinstance(step, int))],
-               {when: metrics for when, metrics in tested.items() if metrics},
-               after.get("answers", []), groups[:1] + groups[1:][-1:], problems)
+    return Run(name, config or evaluated.get("settings", {}), steps, groups[:1] + groups[1:][-1:],
+               evaluated.get("metrics", {}), evaluated.get("answers", []), problems)
 
 
 def read_json(path: Path, problems: list[str]) -> dict:
@@ -186,17 +174,15 @@ def number(value) -> float:
 
 
 def results(runs: list[Run]) -> dict[str, dict]:
-    """The columns of the table: each run's metrics before and after, and its steps and seconds."""
+    """The columns of the table: each run's metrics, or its steps and seconds."""
     columns = {}
     for run in runs:
-        for when, metrics in run.tested.items():
-            title = when if len(runs) == 1 else f"{run.name}, {when}"
-            columns[title] = dict(metrics)
+        columns[run.name] = dict(run.metrics)
         if run.steps:
             seconds = [number(record.get(f"{part}_seconds"))
                        for record in run.steps for part in ("rollout", "update")]
-            last = columns.setdefault("after" if len(runs) == 1 else f"{run.name}, after", {})
-            last |= {"steps": run.steps[-1]["step"], "seconds": float(np.nansum(seconds))}
+            columns[run.name] |= {"steps": run.steps[-1]["step"],
+                                  "seconds": float(np.nansum(seconds))}
     return columns
 
 
@@ -204,9 +190,9 @@ def result_rows(runs: list[Run]) -> list[list[str]]:
     """The table's cells, row by row; the first one holds the titles."""
     columns = results(runs)
     names = dict.fromkeys(name for metrics in columns.values() for name in metrics)
-    rows = [["held out", *columns]]
+    rows = [["", *columns]]
     for name in names:
-        rows.append([name, *(shown(name, metrics.get(name)) for metrics in columns.values())])
+        rows.append([name, *(shown(metrics.get(name)) for metrics in columns.values())])
     return rows
 
 
@@ -215,14 +201,12 @@ def result_table(runs: list[Run]) -> str:
     return table(head, rows) if rows else ""
 
 
-def shown(name: str, value) -> str:
-    """A metric as eval.format_table shows it; "-" for what is no number."""
+def shown(value) -> str:
+    """A metric as eval.format_table shows it, a large one in full; "-" for what is no number."""
     value = number(value)
     if math.isnan(value):
         return "-"
-    if name in ("steps", "seconds"):
-        return f"{value:,.0f}"
-    return evaluation.format_table({"": {name: value}}).split()[-1]
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def group_tables(run: Run) -> str:
@@ -261,13 +245,16 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def text(value, limit: int = 2000) -> str:
-    """Anything as text of an element or attribute: cut at `limit` characters, without control
-    characters and lone surrogates, escaped."""
+    """Anything as text of an element or attribute: `plain` and escaped."""
+    return html.escape(plain(value, limit))
+
+
+def plain(value, limit: int = 2000) -> str:
+    """Anything cut at `limit` characters, without control characters and lone surrogates."""
     value = str(value)
     if len(value) > limit:
         value = value[:limit] + " …"
-    shown = "".join(c if c.isprintable() or c in "\n\t" else "�" for c in value)
-    return html.escape(shown)
+    return "".join(c if c.isprintable() or c in "\n\t" else "�" for c in value)
 
 
 # ---- Curves --------------------------------------------------------------------------------------
@@ -278,7 +265,7 @@ def curves(runs: list[Run]) -> str:
     logged = dict.fromkeys(name for run in runs for record in run.steps
                            for name, value in record.items() if not math.isnan(number(value)))
     names = [name for name in CURVES if name in logged]
-    names += [name for name in logged if name not in CURVES and name not in ("step", "tokens")]
+    names += [name for name in logged if name not in CURVES and name != "step"]
     if not names:
         return ""
     try:
@@ -353,7 +340,7 @@ def answer_cards(run: Run) -> str:
     order = sorted(range(len(scores)),
                    key=lambda i: [scores[i].get(name, 0.0) for name in (main[0], "gIoU", "reward")])
     places = np.linspace(0, len(order) - 1, min(ANSWERS, len(order))).astype(int)
-    samples = held_out_samples(run, task)
+    samples = evaluated_samples(run, task)
     cards = []
     for i in (order[place] for place in places):
         result = run.answers[i]
@@ -363,12 +350,11 @@ def answer_cards(run: Run) -> str:
             f'</span> thin</h3><div class="grid">{"".join(cards)}</div>')
 
 
-def held_out_samples(run: Run, task: data.Task) -> dict[str, data.Sample]:
+def evaluated_samples(run: Run, task: data.Task) -> dict[str, data.Sample]:
     """The data set that the answers are about, by file and row; {} where it is gone."""
     settings = run.settings
-    source = settings.get("eval_data") or ("method" not in settings and settings.get("data"))
     try:
-        samples = data.load_samples(source or task.eval_data, task, settings.get("split", "test"),
+        samples = data.load_samples(settings.get("data"), task, settings.get("split", "test"),
                                     skip_bad_rows=True)
     except (data.DataError, OSError) as error:
         run.problems.append(f"no pictures of {run.name}'s answers: {error}")
@@ -384,7 +370,7 @@ def answer_card(result: dict, scores: dict, task: data.Task, sample: data.Sample
         # full resolution of colours too, or thin lines turn grey
         draw(result, data.open_image(sample.image)).save(file, "JPEG", quality=90, subsampling=0)
         picture = f'<img src="{data_uri(file.getvalue(), "jpeg")}" alt="label and prediction">'
-    values = [f"{name} {shown(name, scores[name])}"
+    values = [f"{name} {shown(scores[name])}"
               for name in (*task.metrics, "reward") if name in scores]
     answers = ""
     for name in ("label", "prediction"):

@@ -29,8 +29,6 @@ import eval as evaluation
 # ImageNet's, with which SAM 2 was trained
 MEAN = np.float32([0.485, 0.456, 0.406])
 STD = np.float32([0.229, 0.224, 0.225])
-# data.py reads only the columns it uses from a table.
-data.COLUMNS.add("mask")
 
 
 def main(argv=None):
@@ -61,13 +59,13 @@ def score(settings):
         data.require(not result["label"] or mask_cell(sample),
                      f"{result['where']}: no mask to compare with")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sam = load_sam(data.fetch(settings.masks, "masks"), device)
+    sam = load_sam(data.fetch(settings.masks), device)
     for result, sample in zip(results, tqdm(samples, "masks", leave=False, disable=None)):
         result["overlap"] = overlap(sam, result, sample)
     content["metrics"] = metrics(results, task)
     output = path.with_name("answers.sam2.json")
     evaluation.write_text(output, json.dumps(content, indent=1))
-    print(evaluation.format_table({"": content["metrics"]}), output, sep="\n\n")
+    print(evaluation.format_table(content["metrics"]), output, sep="\n\n")
 
 
 def metrics(results: list[dict], task: data.Task) -> dict:

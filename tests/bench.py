@@ -198,7 +198,7 @@ def our_loss(network, prompt, completions) -> float:
     """The same of our network, in one pass for the group."""
     batch = model.PromptBatch.from_prompts([prompt], network.config, completions.device)
     mask = torch.ones(1, *completions.shape, dtype=torch.bool, device=completions.device)
-    loss = network(batch, completions[None], mask, gradient=mask / mask.sum()).mean()
+    loss = network(batch, completions[None], mask).mean()
     loss.backward()
     return loss.item()
 
@@ -309,7 +309,7 @@ def whole_and_decoding(sample, T: int) -> dict:
 
 
 def bench_ending_rows(theirs, ours, rounds: int, N: int, T: int):
-    """Rows that end at different times: finished ones leave our batch."""
+    """Rows that end at different times: either side decodes until the last one has ended."""
     stop = list(range(10, ours.config.text_config.vocab_size, 40))
     ours.stop_tokens = stop
     prompts = make_prompts(4, 840)
@@ -415,7 +415,7 @@ def our_gradients(network, prompts, rollouts, labels, advantages):
     for prompt, group, label, A in zip(prompts, rollouts, labels, advantages):
         ids, mask = model.pad_completions([[*group, label]])
         batch = model.PromptBatch.from_prompts([prompt], network.config)
-        logprobs = network(batch, ids, mask, gradient=visurf.policy_gradient(A[None], mask, total))
+        logprobs = network(batch, ids, mask)
         visurf.policy_loss(logprobs, logprobs.detach(), A[None], mask, total=total).backward()
 
 
@@ -473,10 +473,9 @@ def memory_of_loss(vocabulary: int, M: int) -> tuple[float, float]:
     weight.grad = torch.zeros_like(weight)
     targets = random_completions(1, M)[0]
     forbidden = torch.tensor([], dtype=torch.long)
-    gradient = torch.full((M,), 1 / M)
 
     def ours():
-        model.TokenLogProbs.apply(hidden, weight, targets, 1.0, forbidden, gradient).mean().backward()
+        model.TokenLogProbs.apply(hidden, weight, targets, 1.0, forbidden).mean().backward()
 
     def full():
         (hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None]).mean().backward()
@@ -622,6 +621,7 @@ def bench_cuda(device: str = "cuda"):
     print(f"| measured limits | {bandwidth / 1e12:.2f} TB/s copying, {flops / 1e12:.0f} TFLOP/s multiplying matrices |")
     for size, shapes in GPU_SHAPES.items():
         network = random_network(make_config("qwen2_vl", **shapes), torch.bfloat16, device)
+        network.forbidden_tokens = [IMAGE]  # a sampled one would need an image when it is trained on
         prompts = make_prompts(8, 840)
         if size == "2B":
             gpu_decoding(network, prompts, bandwidth)
@@ -680,8 +680,8 @@ def replay_and_floor(network, prompts, N: int, T: int, bandwidth: float) -> tupl
         replays = [seconds(lambda: [decoder.graph.replay() for _ in range(50)]) / 50 for _ in range(5)]
     # Embedding rows are looked up, so of the two tables only the output head's is read.
     weights = parameter_count(network.vlm.model.language_model.layers) + network.vlm.lm_head.weight.numel()
-    prompt_cache = sum(x.numel() for pair in decoder.cache.prompts for x in pair)
-    own_cache = sum(x.numel() for pair in decoder.cache.rows for x in pair) / 2  # it fills from nothing on
+    prompt_cache = sum(x.numel() for pair in decoder.prompts.values() for x in pair)
+    own_cache = sum(x.numel() for pair in decoder.rows.values() for x in pair) / 2  # it fills from nothing on
     return statistics.median(replays), 2 * (weights + prompt_cache + own_cache) / bandwidth
 
 

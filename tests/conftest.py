@@ -80,6 +80,11 @@ def random_prompt(grids, text: int, seed: int = 0) -> SimpleNamespace:
         grid_thw=torch.tensor([(1, h, w) for h, w in grids], dtype=torch.long).view(-1, 3))
 
 
+def read_log(path: Path) -> str:
+    """A run's log without the seconds in it, in which no two runs agree."""
+    return re.sub(r'"(rollout|update)_seconds": [^,}]+, ', "", path.read_text())
+
+
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory):
     """reference(family, tied) -> (transformers' network, the directory it was saved in); made once a session."""

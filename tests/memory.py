@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import transformers
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import model
 
@@ -23,7 +24,7 @@ def parameters(config) -> tuple[int, int, int]:
         return sum(parameter.numel() for parameter in module.parameters())
 
     network = model.empty_network(config)
-    blocks = [count(block) for block in network.blocks()]
+    blocks = [count(block) for block in network.modules() if isinstance(block, GradientCheckpointingLayer)]
     return count(network), max(blocks), count(network) - sum(blocks)
 
 
@@ -53,8 +54,8 @@ def plan(config, world: int, dtype_bytes: int = 2, prompts: int = 2, group: int 
     layer = c * (tokens * (8 * D + 5 * text.intermediate_size) + 8 * repeated * kv)
     tower = c * patches * (8 * width + 5 * getattr(vision, "intermediate_size", 4 * width))
     gradients = 4 * whole / world
-    # The output head's gradient and a chunk of logits, in float32.
-    head = 4 * V * D + 3 * 4 * 256 * V
+    # The output head's gradient, and a chunk of logits in float32.
+    head = c * V * D + 3 * 4 * model.CHUNK * V
     # Gathered are the root, a block, and the one after it.
     weights = c * (root + 2 * block)
     # The root's gradient, and once more in float32 for the sum over ranks.

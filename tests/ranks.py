@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer, Qwen2VLImageProcessorPil  # noqa: F401 not in each rank
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import data
 import eval as evaluation
@@ -27,17 +28,15 @@ def make_run(*flags, directory=".") -> train.Run:
     """A run at step 0, and nothing on disk."""
     settings = evaluation.parse(train.Settings, [*SMALL, *map(str, flags)], "train.py")
     device = evaluation.start()
-    settings.dtype = settings.dtype or "float32"
     task = data.TASKS[settings.task]
-    source = data.fetch(settings.model or task.model, "model")
-    processor = data.Processor.from_pretrained(source, task, settings.think)
+    source = data.fetch(settings.model or task.model)
+    processor = data.Processor(source, task)
     samples = data.load_samples(settings.data, task, "train", 40)
-    dummy = train.Group(processor.encode(samples[0]), ids=[processor.label_ids("[]")],
+    dummy = train.Group(processor.encode(samples[0]), ids=[processor.token_ids("[]")],
                         advantages=torch.zeros(1))
     network, twin = train.load_network(settings, source, device)
-    optimizer = torch.optim.AdamW(network.parameters(), settings.learning_rate,
-                                  weight_decay=settings.weight_decay, fused=True)
-    return train.Run(settings, Path(directory), source, processor, samples, [], dummy, device,
+    optimizer = torch.optim.AdamW(network.parameters(), settings.learning_rate, fused=True)
+    return train.Run(settings, Path(directory), source, processor, samples, dummy, device,
                      network, twin, optimizer)
 
 
@@ -51,11 +50,7 @@ def whole(run) -> dict:
 
 def steps(run, count: int) -> list[tuple]:
     """Metrics and group records of some steps."""
-    results = []
-    for _ in range(count):
-        metrics, _, records = train.train_step(run)
-        results.append((metrics, records))
-    return results
+    return [train.train_step(run) for _ in range(count)]
 
 
 def without_signal(words: str, score):
@@ -69,8 +64,8 @@ def without_signal(words: str, score):
 
 def in_two_styles(decode):
     """A decoder that writes about half of all completions spaced, the others compactly."""
-    def decode_some(processor, ids):
-        text = decode(processor, ids)
+    def decode_some(processor, ids, finished):
+        text = decode(processor, ids, finished)
         return text.replace(",", ", ").replace(":", ": ") if int(sum(ids)) % 2 else text
 
     return decode_some
@@ -87,7 +82,9 @@ def some_steps(settings: dict) -> dict:
     for name, flags in settings.items():
         run = make_run(*flags)
         if run.settings.method == "sft":
-            train.vote_by_greedy_answers(run)
+            groups, _ = train.encode_share(run, range(32))
+            train.sample(run, groups, 1, temperature=0)
+            train.vote_for_style(run, groups)
         results[name] = steps(run, 2), whole(run), run.votes
     return results if evaluation.is_first() else {}
 
@@ -129,7 +126,8 @@ def traffic() -> dict:
         group.advantages = torch.tensor([1.0, -1.0, 0.5], dtype=torch.float64)
     with Collectives() as updating:
         train.update(run, groups)
-    return {"blocks": len(run.network.blocks()),
+    blocks = [m for m in run.network.modules() if isinstance(m, GradientCheckpointingLayer)]
+    return {"blocks": len(blocks),
             "units": sum(isinstance(module, FSDPModule) for module in run.network.modules()),
             "gathering": gathering.counts, "decoding": decoding.counts,
             "sampling": sampling.counts, "updating": updating.counts,
@@ -140,10 +138,13 @@ def traffic() -> dict:
 
 
 def in_bfloat16() -> dict:
-    """Data types in a run that computes in bfloat16, and its loss beside that in float32."""
+    """Data types in a run that computes in bfloat16, as on CUDA, and its loss beside float32's."""
     losses, found = {}, {}
+    policy = train.fsdp.MixedPrecisionPolicy
     for dtype in ("float32", "bfloat16"):
-        run = make_run("--method", "sft", "--dtype", dtype)
+        train.fsdp.MixedPrecisionPolicy = lambda _, *rest, **more: policy(
+            getattr(torch, dtype), *rest, **more)
+        run = make_run("--method", "sft")
         gradients = []
 
         def note_dtypes(optimizer, *_):
@@ -180,7 +181,7 @@ def a_loss_that_is_not_finite() -> tuple:
 
 def main(*flags):
     """train.py as torchrun starts it."""
-    train.main([*SMALL, "--eval_samples", "0", *map(str, flags)])
+    train.main([*SMALL, *map(str, flags)])
     assert not dist.is_initialized(), "it leaves without having said so"
 
 

@@ -12,8 +12,8 @@ Four methods on the built-in task, from two base checkpoints that differ by thei
 Parts: `search` tries each method's learning rates on the validation split; `steps` gives each method as many optimizer
 steps, `compute` as many seconds, `controls` takes one reward control at a time from visurf. A run is a process of one
 thread. Its directory, runs/study/PART/ARM-BASE-SEED, holds train.py's files and result.json; all results together go to
-runs/study/study.json, from which the tables and study.png are made. Those of docs/results.md are in assets/. The picture
-needs matplotlib.
+runs/study/study.json, from which the tables and study.png are made. Those of docs/results.md are in assets/. The
+picture needs matplotlib.
 
 Decided before the runs of `steps`, `compute` and `controls`: the main number is the mean accuracy of the four sorts of
 question on the test split ("mean of the four"), the second one is retention. ViSurf minus a rival, paired by base and
@@ -27,6 +27,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -122,8 +123,8 @@ def run_job(job: Job):
         for number, (method, steps, rate, *flags) in enumerate(job.stages, 1):
             output = job.directory / f"stage-{number}"
             command = {"method": method, "model": checkpoint, "max_steps": steps, "learning_rate": rate,
-                       "batch_size": BATCH, "seed": job.seed, "eval_samples": EVAL_SAMPLES * curves,
-                       "eval_steps": EVAL_STEPS, "save_steps": EVAL_STEPS, "output_dir": output}
+                       "batch_size": BATCH, "seed": job.seed, "save_steps": EVAL_STEPS,
+                       "keep": steps if curves else 1, "output_dir": output}
             command = [str(word) for name, value in command.items() for word in (f"--{name}", value)]
             try:
                 with count_cpu_seconds(job.directory / "cpu.jsonl", number):
@@ -132,11 +133,12 @@ def run_job(job: Job):
                 raise RuntimeError(f"{output}: train.py ended with exit code {error.code}; see log.txt") from None
             checkpoint = output / f"checkpoint-{steps}"
         result = measure(checkpoint, "validation" if job.part == "search" else "test")
+        result |= read_logs(job) | {"curve": measure_curve(job) if curves else []}
     result |= {"part": job.part, "arm": job.arm, "base": job.base, "seed": job.seed, "stages": job.stages}
-    result |= read_logs(job) | {"curve": read_curve(job)}
-    partial = job.directory / "result.json.partial"
-    partial.write_text(json.dumps(result))
-    partial.replace(job.directory / "result.json")
+    evaluate.write_text(job.directory / "result.json", json.dumps(result))
+    for number in range(1, len(job.stages) + 1):
+        for passed in train.own_checkpoints(job.directory / f"stage-{number}")[:-1]:
+            shutil.rmtree(passed)
 
 
 @contextlib.contextmanager
@@ -161,18 +163,24 @@ def count_cpu_seconds(path: Path, stage: int):
 
 def measure(checkpoint, split: str) -> dict:
     """Final numbers of a checkpoint: accuracy on each sort of question, retention, and how it answers."""
-    task = data.TASKS["digits"]
-    network, processor = model.load_pretrained(checkpoint), data.Processor.from_pretrained(checkpoint, task)
-    samples = data.load_samples(None, task, split, MEASURED_SAMPLES)
-    results, _ = evaluate.evaluate(network, processor, samples, max_new_tokens=64, batch_size=100, progress=False)
+    network, processor, results = answer(checkpoint, split, MEASURED_SAMPLES)
     kept = {sort: retention(network, processor, sort, split) for sort in RETENTION}
-    metrics = evaluate.metrics(results, task)
+    metrics = evaluate.metrics(results, data.TASKS["digits"])
     return {**by_sort(results), **{name: metrics[name] for name in ("gIoU", "well_formed", "thinking", "length")},
             **kept, "retention": np.mean(list(kept.values()))}
 
 
+def answer(checkpoint, split: str, count: int):
+    """A checkpoint's network and processor, and its results on the first samples of a split."""
+    task = data.TASKS["digits"]
+    network, processor = model.load_pretrained(checkpoint), data.Processor(checkpoint, task)
+    samples = data.load_samples(None, task, split, count)
+    results, _ = evaluate.evaluate(network, processor, samples, max_new_tokens=64, batch_size=100)
+    return network, processor, results
+
+
 def by_sort(results: list[dict]) -> dict:
-    """Share of boxes with IoU > 0.5, one to one (N-Acc where nothing is there), and the mean of all sorts, "overall"."""
+    """Share of boxes with IoU > 0.5, one to one (N-Acc where nothing is there), and the mean of all, "overall"."""
     hits = {sort: [] for sort in QUESTIONS}
     for result in results:
         scores = evaluate.measure(result)
@@ -196,7 +204,7 @@ def retention(network, processor, sort: str, split: str, count: int | None = Non
         truths.append(truth)
     examples = [processor.encode(sample) for sample in samples]
     completions = model.generate(network, examples, 1, 64, temperature=0)
-    texts = [processor.decode(completion.ids) for [completion] in completions]
+    texts = [processor.decode(completion.ids, completion.finished) for [completion] in completions]
     if sort != "outline":
         return float(np.mean([text == truth for text, truth in zip(texts, truths)]))
     boxes = lambda text: [found.get("bbox_2d", [0] * 4) for found in rewards.read_answer(text, "digits") or []]
@@ -208,12 +216,12 @@ def read_logs(job: Job) -> dict:
     """Seconds of training, and what the logs of the last stage say of the label and the rollouts."""
     read = lambda number, name: [json.loads(line) for line in
                                  (job.directory / f"stage-{number}" / f"{name}.jsonl").read_text().splitlines()]
-    timing = [record for number in range(1, len(job.stages) + 1) for record in read(number, "timing")]
+    trained = [record for number in range(1, len(job.stages) + 1) for record in read(number, "metrics")]
     metrics, groups = read(len(job.stages), "metrics"), read(len(job.stages), "completions")
     # a step that was done again after an interruption counts once
     records = [json.loads(line) for line in (job.directory / "cpu.jsonl").read_text().splitlines()]
     cpu = {(record["stage"], record["step"]): record["cpu_seconds"] for record in records}
-    logged = {"seconds": sum(record["rollout_seconds"] + record["update_seconds"] for record in timing),
+    logged = {"seconds": sum(record["rollout_seconds"] + record["update_seconds"] for record in trained),
               "cpu_seconds": sum(cpu.values())}
     for name in ("label_active", "label_advantage", "reward/thinking"):
         if name in metrics[0]:
@@ -222,19 +230,16 @@ def read_logs(job: Job) -> dict:
     return logged | {"label": groups[-1]["texts"][-1]} if "label_active" in metrics[0] else logged
 
 
-def read_curve(job: Job) -> list[dict]:
-    """Held-out accuracy by sort, and thinking, at every evaluated step, counted through all stages."""
-    curve, done = [], 0
+def measure_curve(job: Job) -> list[dict]:
+    """Held-out accuracy by sort, and thinking, every EVAL_STEPS, counted through all stages."""
+    checkpoints, done, curve = {0: BASES[job.base]}, 0, []
     for number, (_, steps, *_) in enumerate(job.stages, 1):
-        directory = job.directory / f"stage-{number}"
-        files = {int(file.stem.split("-")[1]): file for file in directory.glob("eval-*.json")}
-        files |= {0: directory / "before.json", steps: directory / "after.json"}
-        for step in sorted(files)[number > 1 :]:  # a later stage starts where the last one ended
-            if files[step].exists():
-                content = json.loads(files[step].read_text())
-                curve.append({"step": done + step, **by_sort(content["answers"]),
-                              "thinking": content["metrics"]["thinking"]})
+        for step in (*range(EVAL_STEPS, steps, EVAL_STEPS), steps):  # an interrupted run has one more
+            checkpoints[done + step] = job.directory / f"stage-{number}" / f"checkpoint-{step}"
         done += steps
+    for step, checkpoint in checkpoints.items():
+        *_, results = answer(checkpoint, "test", EVAL_SAMPLES)
+        curve.append({"step": step, **by_sort(results), "thinking": np.mean([found["thinking"] for found in results])})
     return curve
 
 
@@ -294,7 +299,7 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def method_table(results: list[dict], bases: dict) -> str:
-    """A row for each arm, mean ± sd over its runs, in percent, and one for each base checkpoint; seconds of training."""
+    """A row for each arm, mean ± sd over its runs, in percent, and one for each base; seconds of training."""
     rows = [[f"base {name}", *(spread([numbers[column]]) for column in COLUMNS), "–", "–"]
             for name, numbers in bases.items()]
     for arm, runs in grouped(results).items():

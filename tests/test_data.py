@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import dataclasses
 import functools
 import io
 import json
@@ -19,10 +20,12 @@ from PIL import Image
 
 import data
 import rewards
+import visurf
 from data import TASKS, DataError, Processor, Sample, load_samples, move_objects
 
 SHARED = ROOT.parent / "shared" / "data"
 GROUNDING, MATH, DIGITS = (TASKS[name] for name in ("grounding", "math", "digits"))
+KEPT = dataclasses.replace(GROUNDING, keep_shape=True)
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 LABEL = [{"bbox_2d": [10, 20, 30, 40], "point_2d": [15, 25]}]
 # Qwen3-VL's template has no system turn of its own.
@@ -79,7 +82,7 @@ def load_processor(checkpoints):
     def load(family, task=GROUNDING, **settings):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(transformers.AutoTokenizer, "from_pretrained", read_tokenizer)
-            return Processor.from_pretrained(checkpoints[family], task, **settings)
+            return Processor(checkpoints[family], task, **settings)
 
     return load
 
@@ -134,11 +137,11 @@ def iou(a, b):
 
 
 def mistake(function, *args, **options):
-    """The message of the DataError that a call raises, which must be one printable line."""
+    """The message of the DataError that a call raises."""
     with pytest.raises(DataError) as error:
         function(*args, **options)
     message = str(error.value)
-    assert "\n" not in message and message.isprintable() and len(message) < 800
+    assert len(message) < 800
     return message
 
 
@@ -153,10 +156,10 @@ def test_pixels_are_those_of_transformers_image_processor(load_processor, checkp
               for name in ("quokka.jpg", "chelsea.png", "coins.png")]
     images += [Image.fromarray(rng.integers(0, 256, (h, w, 3), np.uint8))
                for h, w in ((30, 700), (333, 77))]
-    for max_pixels in (80_000, 300_000):
+    for side in (280, 550):
         reference = AutoImageProcessor.from_pretrained(checkpoints[family], backend="pil",
-                                                       max_pixels=max_pixels)
-        processor = load_processor(family, max_pixels=max_pixels)
+                                                       max_pixels=side ** 2)
+        processor = load_processor(family, KEPT, image_size=side)
         for image in images:
             theirs = reference(image, return_tensors="np")
             ours = processor.encode(make_sample(image))
@@ -165,18 +168,20 @@ def test_pixels_are_those_of_transformers_image_processor(load_processor, checkp
             assert np.array_equal(ours.pixels.numpy(), theirs["pixel_values"])
     factor = 32 if family == "qwen3_vl" else 28
     reference = AutoImageProcessor.from_pretrained(checkpoints[family], backend="pil")
-    fixed = images[0].resize((12 * factor, 20 * factor), Image.Resampling.BICUBIC)
-    processor = load_processor(family, image_size=(12 * factor + 3, 20 * factor - 3))
+    fixed = images[0].resize((12 * factor, 12 * factor), Image.Resampling.BICUBIC)
+    processor = load_processor(family, image_size=12 * factor + 3)
     theirs = reference(fixed, return_tensors="np")
     assert np.array_equal(processor.encode(make_sample(images[0])).pixels, theirs["pixel_values"])
 
 
 def test_image_sizes_are_whole_tokens(load_processor):
     image = make_sample(Image.new("RGB", (960, 643)))
-    for size, grid in (((840, 840), (60, 60)), ((850, 10), (2, 60)), (840, (60, 60))):
+    for size, side in ((None, 60), (840, 60), (850, 60), (10, 2)):
         processor = load_processor("qwen2_vl", image_size=size)
-        assert processor.encode(image).grid_thw.tolist() == [[1, *grid]]
-    assert load_processor("qwen2_vl", MATH).image_size is None, "math keeps shapes"
+        assert processor.encode(image).grid_thw.tolist() == [[1, side, side]]
+    for size, grid in ((None, (46, 68)), (280, (16, 24))):
+        processor = load_processor("qwen2_vl", MATH, image_size=size)
+        assert processor.encode(image).grid_thw.tolist() == [[1, *grid]], "math keeps shapes"
 
 
 def test_open_image_gives_rgb_and_of_an_animation_the_first_picture(tmp_path):
@@ -207,7 +212,7 @@ def test_images_that_no_model_could_take_are_refused_by_name(load_processor, tmp
     assert "row 1: unreadable image (over 8 bits a colour: convert it)" in mistake(
         load_samples, file, GROUNDING)
     cut, whole = load_samples(file, GROUNDING, skip_bad_rows=True)
-    processor = load_processor("qwen2_vl", image_size=(56, 56))
+    processor = load_processor("qwen2_vl", image_size=56)
     assert re.search(r"rows.jsonl, row 3: .*truncated", mistake(processor.encode, cut))
     assert processor.encode(whole).pixels.shape == (16, 1176)
 
@@ -240,7 +245,7 @@ def test_move_objects_scales_each_axis_by_its_own_factor_and_leaves_its_input_al
     [first, _] = move_objects(objects, (100, 80), (33, 33), round_to_int=True)
     assert list(first) == ["bbox_2d", "point_2d"], "in the order in which labels are written"
     assert all(type(value) is int for numbers in first.values() for value in numbers)
-    assert move_objects("\\boxed{4}", (1, 1), (2, 2)) == "\\boxed{4}"
+    assert move_objects("\\frac{1}{2}", (1, 1), (2, 2)) == "\\frac{1}{2}"
 
 
 def test_a_box_that_rounds_to_nothing_stays_one_unit_wide_and_high_inside_its_frame():
@@ -254,10 +259,9 @@ def test_a_box_that_rounds_to_nothing_stays_one_unit_wide_and_high_inside_its_fr
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-@pytest.mark.parametrize("settings", [{"image_size": (280, 280)}, {"image_size": (140, 560)},
-                                      {"max_pixels": 100_000}])
+@pytest.mark.parametrize("task, image_size", [(GROUNDING, 280), (GROUNDING, 560), (KEPT, 316)])
 def test_the_quokka_box_survives_the_way_to_the_model_and_back(load_processor, tmp_path, family,
-                                                               orientation, settings):
+                                                               orientation, task, image_size):
     """The image is stored turned, with an EXIF tag; the label is that of the upright image."""
     box = json.loads((SHARED / "images" / "quokka_annotations.json").read_text())
     box = [box["bounding_boxes"][0][name] for name in ("x1", "y1", "x2", "y2")]
@@ -265,7 +269,7 @@ def test_the_quokka_box_survives_the_way_to_the_model_and_back(load_processor, t
     assert data.open_image(tmp_path / "quokka.jpg", only_size=True) == (960, 643)
     row = {"text": "the quokka", "image": "quokka.jpg", "bbox": box}
     [sample] = load_samples(write_rows(tmp_path, [row]), GROUNDING, "test")
-    example = load_processor(family, **settings).encode(sample)
+    example = load_processor(family, task, image_size=image_size).encode(sample)
     assert sample.size == (960, 643) and in_original(example)[0]["bbox_2d"] == box
     if family != "qwen2_5_vl":
         assert example.frame == (1000, 1000)
@@ -275,16 +279,16 @@ def test_the_quokka_box_survives_the_way_to_the_model_and_back(load_processor, t
 
 
 @pytest.mark.parametrize("orientation", [1, 6, 8])
-@pytest.mark.parametrize("settings", [{"image_size": (448, 448)}, {"image_size": (224, 560)},
-                                      {"max_pixels": 40_000}])
-def test_boxes_land_on_the_pixels_the_model_sees(load_processor, tmp_path, orientation, settings):
+@pytest.mark.parametrize("task, image_size", [(GROUNDING, 448), (GROUNDING, 224), (KEPT, 200)])
+def test_boxes_land_on_the_pixels_the_model_sees(load_processor, tmp_path, orientation, task,
+                                                 image_size):
     """A dark rectangle on white, found again in the pixels, is where the label says."""
     upright = Image.new("RGB", (400, 240), "white")
     upright.paste("black", (40, 30, 180, 90))
     save_turned(upright, orientation, tmp_path / "a.jpg")
     row = train_row(image="a.jpg", solution=[[40, 30, 180, 90]], img_width=800, img_height=480)
     [sample] = load_samples(write_rows(tmp_path, [row]), GROUNDING)
-    example = load_processor("qwen2_5_vl", **settings).encode(sample)
+    example = load_processor("qwen2_5_vl", task, image_size=image_size).encode(sample)
     _, grid_h, grid_w = example.grid_thw[0].tolist()
     # undo the patches: (h/2, w/2, 2, 2, 3, temporal, p, p) -> (H, W) of the first channel
     pixels = example.pixels.numpy().reshape(grid_h // 2, grid_w // 2, 2, 2, 3, 2, 14, 14)
@@ -307,9 +311,8 @@ def test_texts_tokenise_to_the_published_ids(load_processor, family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("think", [True, False])
-def test_the_prompt_is_the_checkpoints_chat_template(load_processor, family, think):
-    processor = load_processor(family, think=think)
+def test_the_prompt_is_the_checkpoints_chat_template(load_processor, family):
+    processor = load_processor(family)
     question = "the {cat} {{ 7 * 7 }}\n on the left"         # no template within the template
     example = processor.encode(make_sample(Image.new("RGB", (100, 60)), question=question))
     image_tokens = 26 * 26 if family == "qwen3_vl" else 900
@@ -322,37 +325,35 @@ def test_the_prompt_is_the_checkpoints_chat_template(load_processor, family, thi
     assert example.ids.tolist() == processor.tokenizer(chat)["input_ids"]
     assert example.frame == ((840, 840) if family == "qwen2_5_vl" else (1000, 1000))
     assert f"to {example.frame[0]} at the right" in text and f'"{question}"' in text
-    assert ("<think>" in text) == think
+    assert "<think>" in text
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 def test_every_tasks_prompt_holds_its_question_and_shows_a_readable_answer(load_processor, task):
-    """With thinking and without; the bundled network was trained on questions alone."""
+    """The bundled network was trained on questions alone."""
     sample = make_sample(Image.new("RGB", (100, 60)), question="the {cat}")
-    for think in (True, False):
-        processor = load_processor("qwen2_5_vl", task, think=think, image_size=(112, 56))
-        text = prompt_text(processor, processor.encode(sample))
-        if task.name == "digits":
-            assert text == "the {cat}"
-            continue
-        assert "the {cat}" in text and ("<think>" in text) == think
-        assert rewards.read_answer(text[text.rindex("For example:"):], task.name)
-        if task.name != "math":
-            assert "to 112 at the right" in text and "to 56 at the bottom" in text
+    kept = dataclasses.replace(task, keep_shape=True)
+    processor = load_processor("qwen2_5_vl", kept, image_size=112)
+    text = prompt_text(processor, processor.encode(sample))
+    if task.name == "digits":
+        assert text == "the {cat}"
+        return
+    assert "the {cat}" in text and "<think>" in text
+    assert rewards.read_answer(text[text.rindex("For example:"):], task.name)
+    if task.name != "math":
+        assert "to 112 at the right" in text and "to 56 at the bottom" in text
 
 
 def test_a_label_is_tokenised_as_one_string(load_processor):
     processor = load_processor("qwen2_vl")
     text = f"<answer>{json.dumps(LABEL)}</answer>"
-    ids = processor.label_ids(text)
+    ids = processor.token_ids(text + data.END)
     assert ids.tolist() == processor.tokenizer(text + "<|im_end|>")["input_ids"]
     parts = ("<answer>", text[8:-9], "</answer>", "<|im_end|>")
     apart = torch.cat([processor.token_ids(part) for part in parts])
     assert apart.tolist() != ids.tolist(), "merges run across the tags, or this test shows nothing"
-    assert processor.decode(ids) == text
-    assert processor.decode(torch.cat([ids, ids])) == text and processor.decode(ids[:-1]) == text
-    spelled = processor.token_ids("a <| im_end|>".replace(" im", "im"))      # the real end token
-    assert processor.decode(spelled) == "a "
+    assert processor.decode(ids) == processor.decode(ids[:-1], finished=False) == text
+    assert processor.decode([]) == processor.decode([], finished=False) == ""
 
 
 def test_a_prompt_that_is_too_long_names_the_sample_and_both_numbers(load_processor):
@@ -386,8 +387,6 @@ def change(name, **entries):
     lambda folder: (folder / "preprocessor_config.json").write_text("[]"),
     change("config.json", model_type="llama"),
     change("config.json", image_token_id=1),
-    change("preprocessor_config.json", patch_size=16),
-    change("preprocessor_config.json", merge_size=1),
     change("chat_template.json", chat_template="no image"),
     change("tokenizer_config.json", tokenizer_class="NoTokenizer"),
     lambda folder: [file.unlink() for file in folder.glob("[vmt]*")]])
@@ -395,46 +394,41 @@ def test_a_bad_checkpoint_folder_is_one_line(checkpoints, tmp_path, damage):
     folder = tmp_path / "checkpoint"
     shutil.copytree(checkpoints["qwen2_vl"], folder)
     damage(folder)
-    message = mistake(Processor.from_pretrained, folder, GROUNDING)
+    message = mistake(Processor, folder, GROUNDING)
     assert str(folder) in message and "--model" in message
 
 
 def test_a_completion_is_scored_by_its_task_in_the_models_frame(load_processor):
-    processor = load_processor("qwen2_vl", image_size=(56, 56))
+    processor = load_processor("qwen2_vl", image_size=56)
     example = processor.encode(make_sample(Image.new("RGB", (100, 80)), LABEL))
-    right = processor.score(example.written_label(), example)
+    right = processor.score(f"<answer>{json.dumps(example.label)}</answer>", example)
     assert right == {"thinking": 0, "format": 2, "accuracy": 3, "non_repeat": 1}
     elsewhere = processor.score(f"<answer>{json.dumps(LABEL)}</answer>", example)
     assert elsewhere["accuracy"] == 0, "the label in pixels is wrong from 0 to 1000"
-    processor = load_processor("qwen2_vl", MATH, image_size=(56, 56))
-    example.label = "\\boxed{4}"
+    processor = load_processor("qwen2_vl", MATH, image_size=56)
+    example.label = "4"
     example.sample.choices = ["3", "4"]
     for answer, worth in (("B", 1), ("4", 1), ("3", 0), ("A", 0)):
-        scored = processor.score(f"<answer>\\boxed{{{answer}}}</answer>", example)
+        scored = processor.score(f"<answer>{answer}</answer>", example)
         assert scored["accuracy"] == worth, answer
 
 
-def test_labels_without_alignment_are_the_data_sets_bytes(load_processor, shared):
-    """Real training labels, in Qwen2.5-VL's pixels of the stored image, keep their very text."""
+def test_labels_in_the_pixels_of_their_image_keep_their_numbers(load_processor, shared):
+    """Real training labels, in Qwen2.5-VL's pixels of the stored image."""
     samples = load_samples(shared / "parquet" / "train", GROUNDING)
     samples += load_samples(shared / "digits", GROUNDING, limit=40)
     assert any(not s.label for s in samples) and any(len(s.label) > 2 for s in samples)
     for sample in samples:
-        processor = load_processor("qwen2_5_vl", image_size=data.open_image(sample.image, only_size=True))
-        assert processor.encode(sample).written_label() == f"<answer>{sample.solution}</answer>"
-        example = load_processor("qwen2_vl", image_size=(56, 56)).encode(sample)
-        if sample.label:
-            assert example.written_label() == f"<answer>{json.dumps(example.label)}</answer>"
-    example.sample.solution = None
-    assert example.written_label() == f"<answer>{json.dumps(example.label)}</answer>"
-    example.sample.solution = "[[1, 2, 3, 4]]"               # boxes alone are no answer
-    assert example.written_label() == f"<answer>{json.dumps(example.label)}</answer>"
+        side, _ = data.open_image(sample.image, only_size=True)
+        example = load_processor("qwen2_5_vl", image_size=side).encode(sample)
+        assert example.label == sample.label and example.frame == sample.frame
+        assert not sample.label or visurf.style_of(json.dumps(example.label)) == "spaced"
 
 
 # ---- Loading -------------------------------------------------------------------------------------
 
 def same(a, b):
-    fields = ("id", "question", "label", "frame", "size", "solution", "choices")
+    fields = ("id", "question", "label", "frame", "size", "choices")
     return all(getattr(a, name) == getattr(b, name) for name in fields) and np.array_equal(
         np.asarray(data.open_image(a.image)), np.asarray(data.open_image(b.image)))
 
@@ -464,7 +458,7 @@ def test_all_formats_give_the_same_samples(shared, tmp_path, split):
 
     theirs = load_samples(parquet, GROUNDING, split)
     assert len(theirs) == {"train": 480, "test": 120}[split] and theirs[2].where.endswith(", row 3")
-    assert theirs.skipped == 0 and any(not s.label for s in theirs)
+    assert any(not s.label for s in theirs)
     for source in (write_rows(tmp_path, rows), tmp_path / "lines", tmp_path / "shards",
                    tmp_path / "disk", tmp_path / "dict"):
         samples = load_samples(source, GROUNDING, split)
@@ -513,7 +507,7 @@ def test_a_null_column_counts_as_absent(tmp_path):
             train_row(image=image, answer="4", choices=["3", "4"], img_width=50, img_height=40)]
     datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "rows.parquet"))
     first, second = load_samples(tmp_path / "rows.parquet", GROUNDING)
-    assert first.label == second.label == LABEL and first.choices is None
+    assert first.label == second.label == LABEL and first.choices == []
     assert first.size == (100, 80) and second.size == (50, 40)
     assert second.question.endswith("\nChoices: A. 3, B. 4")
 
@@ -552,13 +546,13 @@ MISTAKES = [
     ("values to unpack", train_row(frame=[1000])),
     ("no label that counting can read", train_row(solution=None, count="many")),
     ("no label that counting can read", train_row(solution=None, count=-1)),
-    ("no label that math can read", train_row(answer="a</answer>")),
+    ("no label that math can read", train_row(answer="a<think>")),
     ("no label that math can read", train_row(answer=" ")),
 ]
 
 
 @pytest.mark.parametrize("complaint, row", MISTAKES)
-def test_a_bad_row_is_named_in_one_line_or_skipped_and_counted(tmp_path, complaint, row):
+def test_a_bad_row_is_named_or_skipped_and_counted(tmp_path, capsys, complaint, row):
     file = write_rows(tmp_path, [train_row(), "", row, train_row()])
     found = re.search("counting|math", complaint)
     task = TASKS[found[0]] if found else GROUNDING
@@ -567,9 +561,10 @@ def test_a_bad_row_is_named_in_one_line_or_skipped_and_counted(tmp_path, complai
     message = mistake(load_samples, file, task)
     assert message.startswith(f"{file}, row 3: ") and complaint in message
     assert "--skip_bad_rows" in message
+    assert capsys.readouterr().out == ""
     samples = load_samples(file, task, skip_bad_rows=True)
     assert [s.where for s in samples] == [f"{file}, row 1", f"{file}, row 4"]
-    assert samples.skipped == 1
+    assert capsys.readouterr().out == f"{file}: 1 bad rows skipped\n"
 
 
 def test_answers_in_words_and_numbers(tmp_path):
@@ -580,10 +575,9 @@ def test_answers_in_words_and_numbers(tmp_path):
     assert label("counting", count=24) == label("counting", answer="24.0") == "24"
     assert label("counting", count=24.0) == "24" and label("counting", count=0) == "0"
     assert label("counting", solution=LABEL, count=2) == label("gui", solution=LABEL) == LABEL
-    for answer in ("B", "4"):
-        assert label("math", answer=answer, choices=["3", "4"]) == "\\boxed{4}"
-    assert label("math", answer=2.5) == "\\boxed{2.5}"
-    assert label("math", solution="It is \\boxed{\\frac{1}{2}}.") == "\\boxed{\\frac{1}{2}}"
+    for answer in ("B", "4", "\\frac{1}{2}", "two dogs"):
+        assert label("math", answer=answer, choices=["3", "4"]) == answer
+    assert label("math", answer=2.5) == "2.5" and label("math", solution=" 24 ") == "24"
 
 
 def test_math_asks_for_its_package_before_it_reads_anything(monkeypatch):
@@ -599,15 +593,11 @@ def test_files_may_begin_with_the_mark_of_utf_8_and_lines_may_end_as_on_windows(
     assert [(sample.question, sample.label) for sample in samples] == [("die Kätzchen", LABEL)] * 2
 
 
-def test_control_characters_from_data_are_never_printed_raw(load_processor, tmp_path):
-    """They could change a terminal's title, clear its screen, or hide what follows."""
+def test_control_characters_in_a_question_reach_the_model(load_processor, tmp_path):
     evil = "cat\x1b]0;title\x07\x1b[2J\u202e\x00"
-    file = write_rows(tmp_path, [train_row(image=evil)])
-    assert "\\x1b]0;title" in mistake(load_samples, file, GROUNDING)
-    assert data.printable(evil + "\nü") == "cat\\x1b]0;title\\x07\\x1b[2J\\u202e\\x00\nü"
     [sample] = load_samples(write_rows(tmp_path, [train_row(problem=evil)]), GROUNDING)
-    processor = load_processor("qwen2_vl", image_size=(56, 56))
-    assert evil in prompt_text(processor, processor.encode(sample)), "the model may see them"
+    processor = load_processor("qwen2_vl", image_size=56)
+    assert evil in prompt_text(processor, processor.encode(sample))
 
 
 def test_bad_bytes_and_bad_tables_are_named_too(tmp_path):
@@ -620,7 +610,7 @@ def test_bad_bytes_and_bad_tables_are_named_too(tmp_path):
     datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "rows.parquet"))
     message = mistake(load_samples, tmp_path / "rows.parquet", GROUNDING)
     assert "rows.parquet, row 2: unreadable image" in message
-    assert load_samples(tmp_path / "rows.parquet", GROUNDING, skip_bad_rows=True).skipped == 1
+    assert len(load_samples(tmp_path / "rows.parquet", GROUNDING, skip_bad_rows=True)) == 1
     datasets.Dataset.from_list([{"x": 1}]).to_parquet(str(tmp_path / "none.parquet"))
     assert "none.parquet" in mistake(load_samples, tmp_path / "none.parquet", GROUNDING)
 
@@ -653,16 +643,16 @@ def test_sources_that_are_not_there(tmp_path, monkeypatch):
 
 
 def test_a_model_is_a_folder_or_comes_from_the_hub(tmp_path, monkeypatch):
-    assert data.fetch(tmp_path, "model") == tmp_path
+    assert data.fetch(tmp_path) == tmp_path
 
     def download(name, ignore_patterns):
         assert "*.py" in ignore_patterns and "*.bin" in ignore_patterns
         return {"owner/name": tmp_path}[name]
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert data.fetch("owner/name", "model") == tmp_path
-    message = mistake(data.fetch, "owner/other", "masks")
-    assert "owner/other: no such folder" in message and "--masks" in message
+    assert data.fetch("owner/name") == tmp_path
+    message = mistake(data.fetch, "owner/other")
+    assert "owner/other: no such folder" in message and "give a name that exists" in message
 
 
 # ---- Documentation -------------------------------------------------------------------------------
@@ -686,7 +676,8 @@ def test_the_rows_in_the_documentation_load_as_it_says(tmp_path):
                      [[12, 40, 210, 300], [250, 60, 400, 310]]]
     assert samples[0].label[0]["point_2d"] == [110, 170] and samples[3].frame == (1000, 1000)
     assert samples[2].label[0]["point_2d"] == [111, 170], "a box's centre"
-    assert samples[4].label == "24" and samples[5].label == "\\boxed{4}"
+    assert samples[4].label == "24" and samples[5].label == "B"
+    assert rewards.same_answer("4", samples[5].label, samples[5].choices)
     assert samples[5].question == "How many bars exceed 10?\nChoices: A. 3, B. 4, C. 5"
 
 
@@ -698,14 +689,17 @@ def test_the_python_in_the_documentation_runs_and_prints_what_it_shows(monkeypat
         exec(walk, {})
     assert [printed.getvalue()] == blocks("text")
     exec(new_task, {})
-    processor = Processor.from_pretrained(DIGITS.model, data.TASKS["aerial"], image_size=(48, 48))
+    processor = Processor(DIGITS.model, data.TASKS["aerial"], image_size=48)
     example = processor.encode(make_sample(Image.new("RGB", (48, 48)), LABEL))
-    assert processor.score(example.written_label(), example)["accuracy"] == 3
+    written = f"<answer>{json.dumps(example.label)}</answer>"
+    assert processor.score(written, example)["accuracy"] == 3
 
 
 def test_the_documentation_names_every_task_column_and_metric():
     text = (ROOT / "docs" / "data.md").read_text()
-    for name in (*TASKS, *data.COLUMNS):
+    columns = ("id", "image_id", "problem", "text", "solution", "bbox", "answer", "count", "choices",
+               "frame", "img_width", "img_height", "image", "images")
+    for name in (*TASKS, *columns):
         assert f"`{name}`" in text, name
     for task in TASKS.values():
         row = next(line for line in text.splitlines() if line.startswith(f"| `{task.name}`"))

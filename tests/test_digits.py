@@ -35,7 +35,6 @@ def test_the_bundled_data_are_what_their_script_makes(digits):
         for sample, made in zip(samples, digits[split]):
             assert (sample.id, sample.question, sample.label) == (
                 made["id"], made["question"], made["objects"])
-            assert sample.solution == json.dumps(made["objects"])
             assert sample.frame == sample.size == (48, 48)
             shown = np.asarray(data.open_image(sample.image), float)
             assert np.sqrt(((shown - np.asarray(made["image"])) ** 2).mean()) < 8
@@ -116,7 +115,7 @@ def test_the_four_sorts_of_question_are_equally_frequent_and_use_all_words(digit
 
 def test_the_bundled_checkpoint_reads_the_bundled_data():
     """Its prompt is Qwen2-VL's, but its coordinates are pixels, as its config.json says."""
-    processor = Processor.from_pretrained(DIGITS.model, DIGITS)
+    processor = Processor(DIGITS.model, DIGITS)
     sample = load_samples(None, DIGITS, limit=1)[0]
     example = processor.encode(sample)
     chat = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
@@ -141,5 +140,5 @@ def test_the_bundled_checkpoints_script_still_trains(tmp_path, monkeypatch, caps
     assert made == (Path(DIGITS.model) / "tokenizer.json").read_text()
     config = json.loads((tmp_path / "tiny" / "config.json").read_text())
     assert config["vision_config"]["patch_size"] == 6 and config["coordinates"] == "pixels"
-    Processor.from_pretrained(tmp_path / "tiny", DIGITS)
+    Processor(tmp_path / "tiny", DIGITS)
     make_tiny.model.load_pretrained(tmp_path / "tiny")

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, read_log
 from processes import Ranks
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -92,11 +92,12 @@ def test_any_number_of_processes_computes_the_same(results, world, name):
         # Groups come in the order of the batch.
         for key in ("question", "texts", "lengths", "rewards"):
             assert [group[key] for group in groups] == [group[key] for group in groups_found]
-        for key in a:
+        for key in a.keys() - {"rollout_seconds", "update_seconds"}:
             assert b[key] == pytest.approx(a[key], rel=1e-5, abs=1e-7), key
     if name in ("rlvr", "visurf"):
-        assert {m["no_signal"] for m, _ in expected} != {0}, "nothing was left out"
-        lengths = {length for _, groups in expected for g in groups for length in g["lengths"]}
+        groups = [group for _, groups in expected for group in groups]
+        assert not all(any(group["advantages"]) for group in groups), "nothing was left out"
+        lengths = {length for group in groups for length in group["lengths"]}
         assert len(lengths) > 5, "completions are of one length"
         assert len(votes) > 1, "rollouts are of one style"
     difference, norm = {}, {}
@@ -166,9 +167,9 @@ def state(directory: Path) -> dict:
 
 
 def assert_same_run(directory: Path, expected: Path):
-    """Logs and last checkpoint are the same to the last bit."""
+    """Logs, seconds left out, and last checkpoint are the same to the last bit."""
     for log in ("metrics.jsonl", "completions.jsonl"):
-        assert (directory / log).read_bytes() == (expected / log).read_bytes()
+        assert read_log(directory / log) == read_log(expected / log)
     assert len(train.own_checkpoints(directory)) == 1 and not leftovers(directory)
     a, b = state(directory), state(expected)
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
@@ -409,7 +410,7 @@ def test_a_checkpoint_of_two_ranks_is_one_for_everybody(tmp_path, tied):
     auto = transformers.AutoModelForImageTextToText.from_pretrained(saved, dtype=torch.float32)
     task = data.TASKS["digits"]
     sample = data.load_samples("", task, limit=1)[0]
-    example = data.Processor.from_pretrained(saved, task).encode(sample)
+    example = data.Processor(saved, task).encode(sample)
     found = log_probs(model.load_pretrained(saved), example)[0, 0]
     before = log_probs(model.load_pretrained(source), example)[0, 0]
     ids = torch.cat([example.ids, example.ids[-9:]])
@@ -432,15 +433,13 @@ def test_torchrun_as_a_user_types_it(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
                "--standalone", str(ROOT / "train.py"), "--batch_size", "3", "--num_generations",
                "2", "--output_dir", str(tmp_path / "run")]
-    result = subprocess.run([*command, "--max_steps", "2", "--eval_samples", "4"],
+    result = subprocess.run([*command, "--max_steps", "2"],
                             capture_output=True, text=True, timeout=240, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert len(re.findall(r"step +\d/2 \| loss .* \| reward ", result.stdout)) == 2
-    assert len(re.findall("before +after", result.stdout)) == 1
     assert [path.name for path in train.own_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
-    assert len(json.loads((tmp_path / "run" / "after.json").read_text())["answers"]) == 4
 
-    arguments = [*command, "--max_steps", "1000", "--eval_samples", "0", "--resume"]
+    arguments = [*command, "--max_steps", "1000", "--resume"]
     process = subprocess.Popen(arguments, cwd=tmp_path, stderr=subprocess.DEVNULL,
                                stdout=subprocess.DEVNULL)
     wait_for(lambda: len(metrics(tmp_path / "run")) > 3, 120)

@@ -229,7 +229,7 @@ def test_a_click_counts_if_any_listed_point_is_inside():
 
 
 def test_words_are_right_if_their_reward_says_so():
-    results = [result("x", r"\boxed{y}", reward={"format": 1.0, "accuracy": float(right)}) for right in (1, 0, 0)]
+    results = [result("x", "y", reward={"format": 1.0, "accuracy": float(right)}) for right in (1, 0, 0)]
     assert measured("math", results)["accuracy"] == pytest.approx(1 / 3)
 
 
@@ -237,12 +237,11 @@ def test_nothing_to_measure_is_none_and_printed_as_a_dash():
     found = measured("medical", [])
     assert found.pop("samples") == 0 and all(value is None for value in found.values())
     box = [thing(0, 0, 9, 9)]
-    table = evaluation.format_table({"before": measured("grounding", [result(box, box)]), "after": {"MAE": 1234.5}})
-    head, *rows = table.splitlines()
-    assert head.split() == ["before", "after"] and len({len(line) for line in table.splitlines()}) == 1
-    rows = {name: values for name, *values in map(str.split, rows)}
-    assert rows["gIoU"] == ["100.0%", "-"] and rows["N-Acc"] == ["-", "-"] and rows["MAE"] == ["-", "1,234.5"]
-    assert rows["length"] == ["10.0", "-"] and rows["reward"] == ["4.0", "-"] and rows["samples"] == ["1.0", "-"]
+    table = evaluation.format_table(measured("grounding", [result(box, box)]) | {"MAE": 1234.5, "gIoU": 2 / 3})
+    rows = dict(map(str.split, table.splitlines()))
+    assert len({len(line) for line in table.splitlines()}) == 1
+    assert rows["accuracy"] == "1" and rows["gIoU"] == "0.6667" and rows["N-Acc"] == "-" and rows["MAE"] == "1234"
+    assert rows["length"] == "10" and rows["reward"] == "4" and rows["samples"] == "1"
 
 
 def test_general_metrics_are_means():
@@ -281,7 +280,7 @@ def save_processor(folder: Path, family="qwen2_vl", patch=14, pixels=(56 * 56, 2
 
 
 def make_processor(folder, task=DIGITS, family="qwen2_vl", patch=14, **settings):
-    return data.Processor.from_pretrained(save_processor(folder, family, patch), task, **settings)
+    return data.Processor(save_processor(folder, family, patch), task, **settings)
 
 
 def make_sample(name="a", stored=(90, 60), objects=None, frame=None, size=None, **fields):
@@ -317,20 +316,19 @@ def test_results_say_what_happened(monkeypatch, tmp_path):
         "id": "a", "where": "row a", "question": "find a", "completion": text, "prediction": [], "label": [],
         "size": [90, 60], "length": len(text) + 1, "logprob": -len(text) - 1, "truncated": False,
         "thinking": True, "reward": {"thinking": 1, "format": 2, "accuracy": 3, "non_repeat": 1}}
-    processor = make_processor(tmp_path, think=False)
     speak(monkeypatch, processor, lambda example: "<think>I see, and I go on", finished=False)
     [found], _ = evaluation.evaluate(None, processor, [make_sample()])
     assert found["prediction"] is None and found["truncated"] and not found["thinking"]
-    assert "thinking" not in found["reward"] and found["length"] == len("<think>I see, and I go on")
+    assert sum(found["reward"].values()) == 1 and found["length"] == len("<think>I see, and I go on")
     json.dumps(found, allow_nan=False)
 
 
 def test_reward_is_counted_in_the_models_frame_and_metrics_in_the_originals(monkeypatch, tmp_path):
     """5 of its 56 pixels beside the label: the overlap is enough, box and point are too far off. 5 of 1050 were close."""
-    processor = make_processor(tmp_path, family="qwen2_5_vl", image_size=(56, 56))
+    processor = make_processor(tmp_path, family="qwen2_5_vl", image_size=56)
     speak(monkeypatch, processor, lambda example: f"<answer>{json.dumps([thing(11, 6, 33, 50)])}</answer>")
     sample = make_sample(objects=[thing(9, 6, 45, 54)], size=(1050, 600))             # [6, 6, 28, 50] for the model
-    [found], _ = evaluation.evaluate(None, processor, [sample], progress=False)
+    [found], _ = evaluation.evaluate(None, processor, [sample])
     assert found["reward"]["accuracy"] == 1 and measured("digits", [found])["accuracy"] == 1
     assert measured("digits", [found])["gIoU"] == pytest.approx(150267 / 245797, abs=2e-3)
     assert found["prediction"][0]["bbox_2d"] == pytest.approx([11 * 1050 / 56, 6 * 600 / 56, 33 * 1050 / 56, 50 * 600 / 56])
@@ -372,7 +370,7 @@ def test_the_real_sampler_shows_weights_that_are_not_finite(monkeypatch):
     network = model.load_pretrained(TINY)
     with torch.no_grad():
         next(network.vlm.model.language_model.parameters()).fill_(float("nan"))
-    processor = data.Processor.from_pretrained(TINY, DIGITS)
+    processor = data.Processor(TINY, DIGITS)
     with pytest.raises(model.CheckpointError, match="not finite"):
         evaluation.evaluate(network, processor, [make_sample(stored=(48, 48), objects=[])], max_new_tokens=3)
 
@@ -391,7 +389,7 @@ def files(tmp_path, monkeypatch):
         Image.new("RGB", (60, 60), "grey").save(f"{n}.png")
         rows.append({"text": f"find {n}", "image": f"{n}.png", "bbox": [6, 6, 30, 30]})
     Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    processor = data.Processor.from_pretrained(tmp_path / "runs/mine/checkpoint-7", DIGITS)
+    processor = data.Processor(tmp_path / "runs/mine/checkpoint-7", DIGITS)
     speak(monkeypatch, processor, says_label)
     return ["--model", "runs/mine/checkpoint-7", "--data", "rows.jsonl"]
 
@@ -433,16 +431,15 @@ def test_unusable_weights_are_one_line(files, monkeypatch, capsys):
 
 
 def test_answers_are_written_and_the_table_is_printed(files, tmp_path, capsys):
-    evaluation.main([*files, "--limit", "2", "--image_size", "56", "--no-think"])
+    evaluation.main([*files, "--limit", "2", "--image_size", "56"])
     printed, directory = capsys.readouterr().out, tmp_path / "runs" / "eval-digits-mine-checkpoint-7"
-    assert sorted(path.name for path in directory.iterdir()) == ["answers.json", "config.json"]
+    assert sorted(path.name for path in directory.iterdir()) == ["answers.json", "eval.json"]
     saved = json.loads((directory / "answers.json").read_text())
     assert saved["metrics"]["accuracy"] == 1 and saved["metrics"]["samples"] == len(saved["answers"]) == 2
     assert saved["settings"]["image_size"] == 56 and saved["settings"]["data"] == "rows.jsonl"
     assert saved["settings"]["max_completion_length"] == DIGITS.recipe["max_completion_length"]
-    assert saved["settings"]["think"] is False
-    assert json.loads((directory / "config.json").read_text()) == saved["settings"]
-    assert evaluation.format_table({"": saved["metrics"]}) in printed and "answers.json" in printed
+    assert json.loads((directory / "eval.json").read_text()) == saved["settings"]
+    assert evaluation.format_table(saved["metrics"]) in printed and "answers.json" in printed
 
 
 def test_answers_that_are_there_are_not_replaced(files, capsys):
@@ -488,8 +485,8 @@ def test_a_directory_that_cannot_be_written_is_found_before_the_answers(files, m
 
 def test_a_tasks_recipe_holds_where_a_flag_is_not_given():
     parse = lambda *arguments: evaluation.parse(evaluation.Settings, list(arguments), "eval.py")
-    assert (parse("--task", "math").max_pixels, parse("--task", "math").max_completion_length) == (1_003_520, 1024)
-    assert parse("--task", "math", "--max_pixels", "9000").max_pixels == 9000
+    assert parse("--task", "math").max_completion_length == 1024
+    assert parse("--task", "math", "--max_completion_length", "90").max_completion_length == 90
     assert parse("--task", "gui") == evaluation.Settings(task="gui")
     assert parse().max_completion_length == DIGITS.recipe["max_completion_length"]
 
@@ -530,7 +527,7 @@ def test_help_names_every_flag(capsys):
 
 @pytest.mark.parametrize("error, code", [
     (data.DataError("no such row"), 2), (model.CheckpointError("no such tensor"), 2), (OSError(28, "disk full"), 2),
-    (KeyboardInterrupt(), 130), (ValueError("our own bug"), None), (SystemExit(143), 143)])
+    (ValueError("our own bug"), None), (SystemExit(143), 143)])
 def test_mistakes_are_one_line_and_bugs_are_raised(error, code, capsys):
     def fail():
         raise error

@@ -22,7 +22,7 @@ BELOW = {
     "train.py": {"model", "data", "rewards", "eval", "visurf"},
 }
 REQUIRED = {"torch", "transformers", "safetensors", "PIL", "numpy", "tqdm", "huggingface_hub"}
-OPTIONAL = {"datasets", "math_verify", "tensorboard"}
+OPTIONAL = {"datasets", "math_verify"}
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = (ROOT / "README.md").read_text()
 
@@ -63,9 +63,8 @@ def count_lines(file: str) -> int:
     return source(file).count("\n")
 
 
-def test_the_six_files_do_not_grow():
-    """The aim is 2,000 lines, and the limit 2,100. They are above it; this number may only fall."""
-    assert sum(map(count_lines, FILES)) <= 2_600
+def test_the_six_files_are_about_two_thousand_lines():
+    assert sum(map(count_lines, FILES)) <= 2_100
 
 
 def test_the_readme_tells_the_files_lengths():
@@ -127,7 +126,7 @@ def test_the_six_files_and_assets_are_the_whole_flow(tmp_path):
     for file in FILES:
         shutil.copy(ROOT / file, tmp_path)
     shutil.copytree(ROOT / "assets", tmp_path / "assets")
-    small = ["--max_steps", "1", "--batch_size", "2", "--num_generations", "2", "--eval_samples", "2"]
+    small = ["--max_steps", "1", "--batch_size", "2", "--num_generations", "2"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     for command in (
             [sys.executable, "train.py", *small],

@@ -20,7 +20,6 @@ import pytest
 from conftest import ROOT
 
 import rewards
-import visurf
 from rewards import RANGES, Thresholds, has_thinking, iou, match, non_repeat, read_answer, same_answer, score
 
 MAX_REWARD = sum(high for _, high in RANGES.values())
@@ -107,11 +106,8 @@ def test_right_is_never_below_wrong():
     assert total(completion([FAR]), [DOG]) > total(completion([]), [DOG])
 
 
-def test_tasks_think_and_errors():
+def test_tasks_and_errors():
     assert score(completion([DOG]), [DOG], task="digits") == score(completion([DOG]), [DOG], task="grounding")
-    without = score(completion([DOG]), [DOG], think=False)
-    assert without == {"format": 2.0, "accuracy": 3.0, "non_repeat": 1.0}
-    assert set(RANGES) - set(without) == set(visurf.THINKING)
     with pytest.raises(KeyError, match="bbox_2d"):
         score(completion([DOG]), [DOG, {"box": [1, 2, 3, 4]}])
 
@@ -368,19 +364,19 @@ needs_math_verify = pytest.mark.skipif(find_spec("math_verify") is None, reason=
 
 @needs_math_verify
 def test_math_rewards_are_three_ones():
-    good = "<think>half</think><answer>so \\boxed{\\frac{1}{2}}</answer>"
-    assert score(good, r"\boxed{0.5}", task="math") == {"thinking": 1, "format": 1, "accuracy": 1}
-    assert score(good, "0.5", task="math", think=False) == {"format": 1, "accuracy": 1}
+    good = "<think>half</think>\n<answer> \\frac{1}{2} </answer>"
+    assert score(good, "0.5", task="math") == {"thinking": 1, "format": 1, "accuracy": 1}
     long = "the longest side of the triangle, " * 10
-    assert score(f"<answer>\\boxed{{{long}}}</answer>", f"\\boxed{{{long}}}", task="math")["accuracy"] == 1
+    assert score(f"<answer>{long}</answer>", long, task="math")["accuracy"] == 1
     for text, expected in ((good.replace("1}", "3}"), (1, 1, 0)), ("<answer>\\boxed{0.5}</answer>", (0, 1, 1)),
-                           ("<think>a</think><answer>0.5</answer>", (1, 0, 0)), ("\\boxed{0.5}", (0, 0, 0)),
-                           ("<think>\\boxed{0.5}</think>", (0, 0, 0)),
+                           ("<think>a</think><answer>0.5</answer>", (1, 1, 1)), ("0.5", (0, 0, 0)),
+                           ("<think><answer>0.5</answer></think>", (0, 0, 0)), ("<answer>0.5", (0, 0, 0)),
+                           ("<think>a</think><answer>0.5</answer><answer>7</answer>", (0, 1, 0)),
                            ("<think>a</think><answer>\\boxed{0.5} \\boxed{7}</answer>", (1, 1, 0)),
-                           ("<think>a</think><answer>\\boxed{0.5</answer>", (1, 0, 0)),
-                           ("<think>a</think><answer>\\boxed{}</answer>", (1, 0, 0))):
+                           ("<think>a</think><answer>\\boxed{}</answer>", (1, 1, 0)),
+                           ("<think>a</think><answer> </answer>", (1, 0, 0))):
         assert tuple(score(text, "0.5", task="math").values()) == expected, text
-    assert rewards.boxed(r"\boxed{1} and \boxed{\text{a {b}} c} d") == r"\text{a {b}} c"
+    assert read_answer("<answer>\nso \\text{a {b}} c </answer>", "math") == r"so \text{a {b}} c"
 
 
 SAME = [
@@ -391,7 +387,8 @@ SAME = [
     ("5 cm", "5"), ("5cm", "5 cm"), (r"5\text{ cm}", "5 cm"), ("5 hours", "5 hour"), ("24 coins", "24"),
     ("x=5", "5"), ("x = 5", "x=5.0"), ("12,000,000", "12000000"),
     ("(1, 2)", "(1,2)"), ("(1/2, 3)", "(0.5, 3)"), ("1, 2, 3", "1,2,3"), ("Yes.", "yes"), ("  Blue ", "blue"),
-    (r"90^\circ", "90"), ("90°", "90 degrees"), ("50 percent", "1/2"), ("3:4", "3 : 4"),
+    (r"90^\circ", "90"), ("50 percent", "1/2"), ("3:4", "3 : 4"), (r"\boxed{24}", "24"),
+    (r" \boxed{\frac{1}{2}}.", "0.5"),
     ("2x", "2 x"), ("x^2+1", "x^{2} + 1"), ("2.50", "2.5"), ("-0", "0"), (r"\left(1,2\right)", "(1,2)"), ("1{,}000",
     "1000"),
     ("(3+4)*2", "14"), ("$7$", "7"), (r"\text{(B)}", "B"), ("B.", "B"), ("b", "B"),
@@ -403,6 +400,7 @@ DIFFERENT = [
     ("(1,2)", "[1,2]"), ("1,2", "1"), ("yes", "no"), ("3.14", r"\pi"), ("2x", "2"), ("-5", "5"), ("9^9^9^9", "1"),
     (r"\sqrt{-1}", "1"), ("1/0", "0"), ("3:4", "4:3"), ("12345678901", "12345678902"), ("", "0"), ("0", ""), ("x^2",
     "x2"),
+    (".5", "5"), (r"2\boxed{4}", "24"),
     ("1.5", "15"), ("1,5", "15"), ("12", "1 2"), ("1 2", "3"), ("nan", "0"), ("inf", "1e999"), ("1e400", "2e400"),
     ("((1)", "1"),
     ("5 or 6", "5"), (r"\frac{1}{2}", r"\frac{2}{1}"), ("A", "24"), ("dog", "god"), ("ABC", "BAC"), ("north east",
@@ -421,7 +419,7 @@ def test_a_label_equals_itself_without_any_help(monkeypatch):
     for label in ("B. 24", "A. 12", "{1,2}", "24", "a dog", r"\frac{1}{2}", r"9^{9^{9^9}}", "100!", r"\begin{x}", "½",
                   "?", "x" * 5000,
                   r"\text{(B)}", "A.", "12 cm", "(1, 2]", "$", "1,234 %", "\ud800"):
-        for text in (label, f" {label} ", f"\\boxed{{{label}}}", f"${label}$"):
+        for text in (label, f" {label} ", f"\\boxed{{{label}}}"):
             assert same_answer(text, label) and same_answer(label, text), text
             assert same_answer(text, label, choices=["12", "24", label, "36"])
 
@@ -429,19 +427,17 @@ def test_a_label_equals_itself_without_any_help(monkeypatch):
 @needs_math_verify
 def test_a_choice_is_its_letter_or_its_text():
     choices = ["12", "24", r"\frac{1}{2}", "a dog"]
-    for text in ("B", "(B)", "B.", "B)", "b", "24", "24.0", "B. 24", "(B) 24", "B: 24", r"\text{B}", r"\boxed{B}",
-                 r"\boxed{24}", r"\text{(B)}", "$B$"):
-        assert same_answer(text, "B", choices) and same_answer(text, "24", choices) and same_answer(text, "B. 24",
-        choices), text
+    for text in ("B", "(B)", "B.", "B)", "b", "24", "24.0", r"\boxed{B}", r"\boxed{24}"):
+        assert same_answer(text, "B", choices) and same_answer(text, "24", choices), text
         assert not same_answer(text, "A", choices) and not same_answer(text, "a dog", choices), text
     assert same_answer("0.5", "C", choices) and same_answer("D", "A dog", choices) and same_answer("c", r"\dfrac12",
     choices)
     for text in ("B. 36", "E", "", "(C) 24", "BB", "B 2", "A or B"):
         assert not same_answer(text, "24", choices), text
-    assert same_answer("B", "B", ["B", "A"]) and not same_answer("A", "B", ["B", "A"]), "a text comes before a letter"
-    completion = r"<think>two dozen</think><answer>\boxed{B}</answer>"
-    assert score(completion, r"\boxed{24}", "math", choices=choices)["accuracy"] == 1
-    assert score(completion, r"\boxed{24}", "math", choices=choices[::-1])["accuracy"] == 0
+    assert same_answer("B", "B", ["B", "A"]) and not same_answer("A", "B", ["B", "A"])
+    completion = "<think>two dozen</think><answer>B</answer>"
+    assert score(completion, "24", "math", choices=choices)["accuracy"] == 1
+    assert score(completion, "24", "math", choices=choices[::-1])["accuracy"] == 0
 
 
 EXPENSIVE = [
@@ -454,11 +450,12 @@ EXPENSIVE = [
 
 
 def test_expensive_expressions_never_reach_math_verify(monkeypatch):
-    r"""`\boxed{9^{9^{9^9}}}` took 8.5 s: a huge power is one step, which neither an alarm nor Ctrl-C interrupts."""
+    """`9^{9^{9^9}}` took 8.5 s: a huge power is one step, which neither an alarm nor Ctrl-C interrupts."""
     monkeypatch.setitem(sys.modules, "math_verify", None)
     for text in EXPENSIVE:
-        assert rewards.COSTLY.search(rewards.plain_text(text)), text
+        assert rewards.COSTLY.search(text), text
         assert not same_answer(text, "1") and not same_answer("1", text)
+        assert score(f"<answer>{text}</answer>", "1", "math")["accuracy"] == 0
         assert score(f"<answer>\\boxed{{{text}}}</answer>", "1", "math")["accuracy"] == 0
 
 
@@ -506,7 +503,7 @@ def test_hostile_mathematics():
     for _ in range(10_000):
         a, b = random_expression(rng), random_expression(rng)
         assert same_answer(a, f" {a} ")
-        quick = not rewards.COSTLY.search(rewards.plain_text(a))
+        quick = not rewards.COSTLY.search(a)
         if quick and asked < 100:
             asked += 1
             assert same_answer(a, "12") in (True, False) and same_answer("2x", a) in (True, False)
@@ -518,6 +515,7 @@ def test_hostile_mathematics():
         for text in (unit * (190 // len(unit)), "1 " + unit * (180 // len(unit)), unit * (20_000 // len(unit)),
                      unit * (180 // len(unit)) + "!"):
             assert same_answer(text, "12") is False and same_answer("12", text) is False
+            score(f"<answer>{text}</answer>", "12", task="math")
             score(f"<answer>\\boxed{{{text}}}</answer>", "12", task="math")
             score(f"<answer>{text}</answer>", "12", task="counting")
 

@@ -12,7 +12,7 @@ from conftest import ROOT
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     """A study of a few steps in tmp_path."""
-    settings = {"RUNS": tmp_path / "study", "STEPS": 2, "EVAL_STEPS": 1, "EVAL_SAMPLES": 4, "MEASURED_SAMPLES": 8,
+    settings = {"RUNS": tmp_path / "study", "STEPS": 4, "EVAL_STEPS": 1, "EVAL_SAMPLES": 4, "MEASURED_SAMPLES": 8,
                 "RETENTION_SAMPLES": 4, "BASES": {"A": study.BASES["A"]}, "BASE_SEED": {}, "SEEDS": (0,)}
     for name, value in settings.items():
         monkeypatch.setattr(study, name, value)
@@ -22,23 +22,24 @@ def small(tmp_path, monkeypatch):
 def test_a_run_of_two_stages_is_measured_and_not_run_again(small, monkeypatch):
     """Two stages, one curve, one bill; interrupted before it is measured, it is not trained again."""
     [job] = [job for job in study.jobs_of("steps") if job.arm == "sft-rlvr"]
-    assert [stage[:2] for stage in job.stages] == [("sft", 1), ("rlvr", 1)]
+    assert [stage[:2] for stage in job.stages] == [("sft", 2), ("rlvr", 2)]
     with monkeypatch.context() as patch:
         patch.setattr(study, "measure", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             study.run_job(job)
     logs = {path: path.read_text() for path in job.directory.glob("stage-*/*.jsonl")}
     study.run_job(job)
-    assert len(logs) == 6 and logs == {path: path.read_text() for path in logs}, "trained once"
+    assert len(logs) == 4 and logs == {path: path.read_text() for path in logs}, "trained once"
     result = json.loads((job.directory / "result.json").read_text())
-    assert [point["step"] for point in result["curve"]] == [0, 1, 2]
+    assert [point["step"] for point in result["curve"]] == [0, 1, 2, 3, 4]
+    assert [path.name for path in job.directory.glob("stage-*/checkpoint-*")] == ["checkpoint-2"] * 2, "others are gone"
     assert result["overall"] == pytest.approx(np.mean([result[sort] for sort in study.QUESTIONS]))
-    timing = [json.loads(line) for path in job.directory.glob("stage-*/timing.jsonl") for line in open(path)]
-    assert len(timing) == 2
-    assert result["seconds"] == pytest.approx(sum(t["rollout_seconds"] + t["update_seconds"] for t in timing))
+    steps = [json.loads(line) for path in job.directory.glob("stage-*/metrics.jsonl") for line in open(path)]
+    assert len(steps) == 4
+    assert result["seconds"] == pytest.approx(sum(s["rollout_seconds"] + s["update_seconds"] for s in steps))
     assert 0 < result["cpu_seconds"] < 2 * result["seconds"]
     second = json.loads((job.directory / "stage-2/config.json").read_text())
-    assert second["model"].endswith("stage-1/checkpoint-1") and second["method"] == "rlvr"
+    assert second["model"].endswith("stage-1/checkpoint-2") and second["method"] == "rlvr"
     study.run_jobs([job])  # nothing is left to do: no process is started for it
     assert json.loads((job.directory / "result.json").read_text()) == result
 
@@ -86,13 +87,13 @@ def test_tables_say_means_spreads_and_paired_differences():
 
 def test_retention_counts_what_is_still_answered_as_taught(monkeypatch):
     """A network that answers as the lessons do keeps everything; one that says something else keeps nothing."""
-    processor = study.data.Processor.from_pretrained(study.BASES["A"], study.data.TASKS["digits"])
+    processor = study.data.Processor(study.BASES["A"], study.data.TASKS["digits"])
     lessons = []
     lesson = study.make_tiny.lesson
     monkeypatch.setattr(study.make_tiny, "lesson", lambda *args: lessons.append(lesson(*args)) or lessons[-1])
 
     def answers(write):
-        completion = lambda text: [study.model.Completion(processor.label_ids(text), None, True)]
+        completion = lambda text: [study.model.Completion(processor.token_ids(text + study.data.END), None, True)]
         return lambda network, examples, *_, **__: [completion(write(truth)) for _, truth in lessons[-len(examples):]]
 
     for sort in study.RETENTION:

@@ -33,13 +33,11 @@ def test_docstring_examples():
     assert results.attempted >= 4 and results.failed == 0
 
 
-def test_the_file_alone_prints_the_worked_group(tmp_path):
+def test_the_file_alone_can_be_imported(tmp_path):
     shutil.copy(ROOT / "visurf.py", tmp_path)
-    run = subprocess.run([sys.executable, "visurf.py"], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 0 and not run.stderr
-    assert '<answer>[{"point_2d": [7,8]}]</answer>' in run.stdout
-    assert "tensor([ 0.554, -0.830, -0.369, -0.830,  1.476])" in run.stdout
-    assert "tensor([ 0.391,  1.432, -0.651, -1.172,  0.000])" in run.stdout
+    code = "import visurf; print(visurf.align_label([{'point_2d': [7, 8]}], 'tight lists'))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert run.stdout == '<answer>[{"point_2d": [7,8]}]</answer>\n' and not run.stderr
 
 
 # ---- Control 1: the label's style --------------------------------------------------------------
@@ -49,8 +47,6 @@ WRITTEN = {
     "spaced": json.dumps(TWO),
     "tight lists": '[{"bbox_2d": [1,2,30,44], "point_2d": [5,-6]}, {"bbox_2d": [7,8,90,100], "point_2d": [11,12]}]',
     "compact": '[{"bbox_2d":[1,2,30,44],"point_2d":[5,-6]},{"bbox_2d":[7,8,90,100],"point_2d":[11,12]}]',
-    "object lines": ('[\n\t{"bbox_2d": [1, 2, 30, 44], "point_2d": [5, -6]},\n'
-                     '\t{"bbox_2d": [7, 8, 90, 100], "point_2d": [11, 12]}\n]'),
     "indented": json.dumps(TWO, indent=2),
 }
 
@@ -98,7 +94,7 @@ def test_the_majority_writes_the_label():
 
 def test_an_answer_in_words_stays_as_it_is():
     for style in STYLES:
-        assert align_label(r"\boxed{\frac{1}{2}, 3}", style) == r"<answer>\boxed{\frac{1}{2}, 3}</answer>"
+        assert align_label(r"\frac{1}{2}, 3", style) == r"<answer>\frac{1}{2}, 3</answer>"
 
 
 def test_the_authors_labels_are_spaced():
@@ -122,6 +118,10 @@ def test_worked_numbers():
     rewards = torch.tensor([3.0, 0.0, 0.0, 3.0], dtype=torch.float64)
     assert visurf.smooth_label_reward(rewards, torch.tensor(3.0, dtype=torch.float64)).item() == 1.5
     assert visurf_advantages(rewards, {"accuracy": 3.0})[-1].item() == 0
+    for rewards, expected in (([3.0, 0.0, 1.0, 0.0], [0.554, -0.830, -0.369, -0.830, 1.476]),
+                              ([3.0, 5.0, 1.0, 0.0], [0.391, 1.432, -0.651, -1.172, 0.0])):
+        advantages = visurf_advantages(torch.tensor(rewards), {"format": 2.0, "accuracy": 3.0})
+        assert advantages.tolist() == pytest.approx(expected, abs=1e-3)
 
 
 def test_each_control_changes_what_it_should_and_nothing_else():
@@ -145,10 +145,9 @@ def test_each_control_changes_what_it_should_and_nothing_else():
 def test_thinking_is_credited_in_full_or_not_at_all():
     """Whatever the label scored for it; and only if the task has such a component."""
     for scored in (0.0, 0.4, 1.0):
-        components = {"thinking": scored, "plan": scored, "format": 2.0}
-        assert visurf.label_reward(components, thinking={"thinking": 1.0, "plan": 0.5}).item() == 2.0
-        assert visurf.label_reward(components, True, {"thinking": 1.0, "plan": 0.5}).item() == 3.5
-        assert visurf.label_reward(components, thinking={}).item() == 2.0 + 2 * scored
+        components = {"thinking": scored, "format": 2.0}
+        assert visurf.label_reward(components).item() == 2.0
+        assert visurf.label_reward(components, credit_thinking=True).item() == 3.0
     assert visurf.label_reward({"format": 2.0}, credit_thinking=True).item() == 2.0
 
 
@@ -182,7 +181,6 @@ def test_inputs_are_left_alone():
     visurf.group_advantages(visurf.inject_label(rewards, label))
     visurf.label_reward(components, credit_thinking=True)
     assert rewards.tolist() == [1.0, 2.0] and label.item() == 0.5 and components["thinking"].item() == 1.0
-    assert visurf.THINKING == {"thinking": 1.0}
 
 
 # ---- The losses --------------------------------------------------------------------------------
@@ -250,18 +248,6 @@ def test_a_mask_without_tokens_gives_zero():
     loss = visurf.policy_loss(logprobs, logprobs.detach(), torch.ones(1, 2), nothing)
     (loss + visurf.sft_loss(logprobs, nothing)).backward()
     assert loss.item() == 0 and (logprobs.grad == 0).all()
-
-
-@pytest.mark.parametrize("total", [None, 7])
-def test_policy_gradient_is_autograds_while_the_ratio_is_one(total):
-    """So the output head may be differentiated before its log-probs are known; in SFT all advantages are 1."""
-    new, _, A, mask = random_group()
-    tokens = mask.sum() if total is None else total
-    loss = visurf.policy_loss(new, new.detach(), A, mask, total=total)
-    gradient, = torch.autograd.grad(loss, new)
-    torch.testing.assert_close(gradient, visurf.policy_gradient(A, mask, tokens), rtol=1e-14, atol=0)
-    gradient, = torch.autograd.grad(visurf.sft_loss(new, mask, total), new)
-    torch.testing.assert_close(gradient, visurf.policy_gradient(torch.ones_like(A), mask, tokens), rtol=1e-14, atol=0)
 
 
 # ---- Eq. 9 on a network ------------------------------------------------------------------------
