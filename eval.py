@@ -13,6 +13,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
@@ -218,7 +219,6 @@ def format_table(values: dict) -> str:
     """Metrics as text, one a line."""
     lines = []
     for name, value in values.items():
-        # An undefined metric is None.
         shown = f"{value:.4g}" if isinstance(value, float) else str(value)
         lines.append(f"{name:12}{shown:>10}")
     return "\n".join(lines)
@@ -258,6 +258,8 @@ def run_program(program: str, function, *args):
     try:
         # Under torchrun, a failure is recorded, and all other processes are ended.
         record(function)(*args)
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except (data.DataError, model.CheckpointError, OSError) as error:
         speaks = is_first()
         if dist.is_initialized() and world()[1] > 1:
@@ -268,8 +270,10 @@ def run_program(program: str, function, *args):
             text = "".join(c if c.isprintable() else " " for c in str(error))
             print(f"{program}: {' '.join(text.split())}", file=sys.stderr)
         sys.exit(2)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    finally:
+        if world()[1] > 1:
+            # A thread of gloo that waits for Python's lock while Python 3.11 exits, crashes it.
+            time.sleep(0.1)
 
 def start(timeout_minutes: float = 30) -> torch.device:
     """Join torchrun's processes, or be a group of one; returns this process's device."""

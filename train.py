@@ -161,8 +161,7 @@ def loop(run: Run):
         raise
     save(run)
     if is_first():
-        checkpoint = run.directory / f"checkpoint-{run.step}"
-        print(f"python eval.py --task {settings.task} --model {checkpoint} measures the result")
+        print(f"python eval.py --task {settings.task} --model {run.directory}/checkpoint-{run.step}")
 
 @dataclass
 class Group:
@@ -340,10 +339,7 @@ def update(run: Run, groups: list[Group]) -> dict:
     return {"loss": mean_loss, "grad_norm": norm, "not_finite": run.not_finite}
 
 def load_network(settings: Settings, source, device) -> tuple:
-    """Load and shard the network: each of W ranks holds 1/W of each weight, in float32.
-
-    Also returns its twin, which has no weights of its own: see `gathered`.
-    """
+    """The network, of which each of W ranks holds 1/W, in float32; and its twin, see `gathered`."""
     network = model.load_pretrained(source, dtype="auto")
     twin = model.empty_network(network.config)
     # Weights, gradients and AdamW's moments take 16 bytes a parameter.

@@ -31,7 +31,7 @@ def thing(*box):
 def result(prediction, label, size=(40, 30), **fields):
     return {"id": "a", "where": "row 1", "question": "find it", "completion": "<think>here</think><answer>…</answer>",
             "prediction": prediction, "label": label, "size": list(size), "length": 10, "truncated": False,
-            "thinking": True, "reward": {"format": 2.0, "accuracy": 2.0}, **fields}
+            "thinking": True, "reward": {"format": 2.0, "accuracy": 1.0, "non_repeat": 1.0}, **fields}
 
 
 def measured(task, results):
@@ -233,20 +233,20 @@ def test_words_are_right_if_their_reward_says_so():
     assert measured("math", results)["accuracy"] == pytest.approx(1 / 3)
 
 
-def test_nothing_to_measure_is_none_and_printed_as_a_dash():
+def test_nothing_to_measure_is_none():
     found = measured("medical", [])
     assert found.pop("samples") == 0 and all(value is None for value in found.values())
     box = [thing(0, 0, 9, 9)]
     table = evaluation.format_table(measured("grounding", [result(box, box)]) | {"MAE": 1234.5, "gIoU": 2 / 3})
     rows = dict(map(str.split, table.splitlines()))
     assert len({len(line) for line in table.splitlines()}) == 1
-    assert rows["accuracy"] == "1" and rows["gIoU"] == "0.6667" and rows["N-Acc"] == "-" and rows["MAE"] == "1234"
+    assert rows["accuracy"] == "1" and rows["gIoU"] == "0.6667" and rows["N-Acc"] == "None" and rows["MAE"] == "1234"
     assert rows["length"] == "10" and rows["reward"] == "4" and rows["samples"] == "1"
 
 
 def test_general_metrics_are_means():
     results = [result([], [], length=10, truncated=True), result([], [], length=13, thinking=False),
-               result(None, [], reward={"accuracy": 1.0}), result(None, [], thinking=False)]
+               result(None, [], reward={"non_repeat": 1.0}), result(None, [], thinking=False)]
     found = measured("grounding", results)
     assert [found[name] for name in ("well_formed", "thinking", "truncated", "length", "reward")] == [
         0.5, 0.5, 0.25, 43 / 4, 13 / 4]
