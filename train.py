@@ -161,7 +161,7 @@ def loop(run: Run):
         raise
     save(run)
     if is_first():
-        print(f"python eval.py --task {settings.task} --model {run.directory}/checkpoint-{run.step}")
+        print(f"next: eval.py --task {settings.task} --model {run.directory}/checkpoint-{run.step}")
 
 @dataclass
 class Group:

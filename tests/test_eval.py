@@ -193,7 +193,8 @@ def test_roc_auc_equals_scikit_learns_and_a_count_of_pairs():
 
 def test_an_unreadable_answer_about_anomalies_is_wrong():
     box = [thing(0, 0, 10, 10)]
-    results = [result(*pair) for pair in ((box, box), ([], box), (box, box), (None, box), ([], []), (box, []), (None, []))]
+    pairs = (box, box), ([], box), (box, box), (None, box), ([], []), (box, []), (None, [])
+    results = [result(*pair) for pair in pairs]
     found = measured("anomaly", results)
     assert found["anomaly_acc"] == pytest.approx(3 / 7)
     assert found["ROC-AUC"] == pytest.approx((2 / 4 + 1 / 3) / 2)
@@ -324,14 +325,15 @@ def test_results_say_what_happened(monkeypatch, tmp_path):
 
 
 def test_reward_is_counted_in_the_models_frame_and_metrics_in_the_originals(monkeypatch, tmp_path):
-    """5 of its 56 pixels beside the label: the overlap is enough, box and point are too far off. 5 of 1050 were close."""
+    """5 of its 56 pixels beside the label: the overlap is enough, box and point are too far off. Not 5 of 1050."""
     processor = make_processor(tmp_path, family="qwen2_5_vl", image_size=56)
     speak(monkeypatch, processor, lambda example: f"<answer>{json.dumps([thing(11, 6, 33, 50)])}</answer>")
     sample = make_sample(objects=[thing(9, 6, 45, 54)], size=(1050, 600))             # [6, 6, 28, 50] for the model
     [found], _ = evaluation.evaluate(None, processor, [sample])
     assert found["reward"]["accuracy"] == 1 and measured("digits", [found])["accuracy"] == 1
     assert measured("digits", [found])["gIoU"] == pytest.approx(150267 / 245797, abs=2e-3)
-    assert found["prediction"][0]["bbox_2d"] == pytest.approx([11 * 1050 / 56, 6 * 600 / 56, 33 * 1050 / 56, 50 * 600 / 56])
+    box = [11 * 1050 / 56, 6 * 600 / 56, 33 * 1050 / 56, 50 * 600 / 56]
+    assert found["prediction"][0]["bbox_2d"] == pytest.approx(box)
 
 
 def test_a_batch_is_opened_when_its_turn_comes_and_the_order_is_that_of_the_samples(monkeypatch, tmp_path):
@@ -411,7 +413,8 @@ def mistake(capsys, arguments) -> str:
     (["--data", "no/such/file.jsonl"], "no/such/file.jsonl"),
     (["--model", "/no/such/checkpoint"], "/no/such/checkpoint"),
     (["--model", "."], "checkpoint"),
-    (["--eval_batch_size", "0"], "--eval_batch_size must be from 1 to"), (["--limit", "-1"], "--limit"), (["--image_size", "x"], "--image_size"),
+    (["--eval_batch_size", "0"], "--eval_batch_size must be from 1 to"), (["--limit", "-1"], "--limit"),
+    (["--image_size", "x"], "--image_size"),
     (["--max_completion_length", "999999999"], "1 to 32768"),
     (["--unknown"], "--unknown"), (["--over"], "--over"),
     (["--output_dir", "rows.jsonl/x"], "rows.jsonl"),

@@ -110,7 +110,7 @@ def test_a_run_leaves_a_checkpoint_and_logs(tmp_path, capsys, method):
     assert all(m[name] > 0 for m in metrics for name in ("grad_norm", "rollout_seconds", "update_seconds"))
     assert ("label_active" in metrics[0]) == (method == "visurf")
     assert ("reward/accuracy" in metrics[0]) == (method != "sft")
-    assert f"python eval.py --task digits --model {directory / 'checkpoint-2'} measures" in printed
+    assert f"eval.py --task digits --model {directory / 'checkpoint-2'}" in printed
     assert len(records(directory, "completions")) == 2
     texts = records(directory, "completions")[0]["texts"]
     assert len(texts) == {"visurf": 4, "rlvr": 3, "sft": 1}[method]
@@ -596,7 +596,8 @@ def test_two_runs_in_one_directory(tmp_path, capsys, one_step):
 
 
 @pytest.mark.parametrize("number, when, done", [
-    (signal.SIGINT, "train_step", 0), (signal.SIGTERM, "sample", 0), (signal.SIGTERM, "update", 1), (signal.SIGHUP, "save", 1)])
+    (signal.SIGINT, "train_step", 0), (signal.SIGTERM, "sample", 0), (signal.SIGTERM, "update", 1),
+    (signal.SIGHUP, "save", 1)])
 def test_a_signal_at_any_time_saves_and_leaves(tmp_path, capsys, monkeypatch, number, when, done):
     """Issue 14, 7: before the first step, in its rollouts, in its update, in its save."""
     function = getattr(train, when)
