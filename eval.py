@@ -75,9 +75,9 @@ def run(settings: Settings):
     content = {"settings": asdict(settings), "metrics": metrics(results, task), "answers": results}
     on_first_rank(write_text, answers, json.dumps(content, indent=1))
     if is_first():
-        print(format_table(content["metrics"]), answers, sep="\n\n")
+        print(format_table(content["metrics"]), answers, f"bad rows: {len(bad_rows)}", sep="\n")
     for problem in bad_rows:
-        data.require(settings.skip_bad_rows, f"{problem}; all others are answered")
+        data.require(settings.skip_bad_rows, f"{problem}; others are answered; see --skip_bad_rows")
 
 def write_text(path: Path, text: str):
     """Write a file that is there whole or not at all."""

@@ -152,8 +152,7 @@ def loop(run: Run):
             vote_for_style(run, groups)
         while run.step < settings.max_steps:
             on_first_rank(log_step, run, *train_step(run))
-            require(run.not_finite < 10, f"step {run.step}: 10 updates in a row were not "
-                    "finite: lower --learning_rate")
+            require(run.not_finite < 10, "10 updates in a row not finite: lower --learning_rate")
             if run.step % settings.save_steps == 0:
                 save(run)
     except (SystemExit, DataError, model.CheckpointError, OSError):
@@ -344,14 +343,15 @@ def load_network(settings: Settings, source, device) -> tuple:
     twin = model.empty_network(network.config)
     # Weights, gradients and AdamW's moments take 16 bytes a parameter.
     needed = 16 * sum(weight.numel() for weight in network.parameters()) / dist.get_world_size()
-    if device.type == "cuda" and not settings.cpu_offload:
+    on_gpu = device.type == "cuda"
+    if on_gpu and not settings.cpu_offload:
         available = torch.cuda.get_device_properties(device).total_memory
         require(needed <= available, f"this --model needs {needed / 1e9:.0f} of "
                 f"{available / 1e9:.0f} GB before any activation: use more GPUs or --cpu_offload")
 
-    compute = torch.bfloat16 if device.type == "cuda" else torch.float32
+    compute = torch.bfloat16 if on_gpu else torch.float32
     policy = fsdp.MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
-    offload = fsdp.CPUOffloadPolicy() if settings.cpu_offload else fsdp.OffloadPolicy()
+    offload = fsdp.CPUOffloadPolicy(on_gpu) if settings.cpu_offload else fsdp.OffloadPolicy()
     # A block's weights are gathered for its turn. Embedding and output head are the root's.
     blocks = [m for m in network.modules() if isinstance(m, GradientCheckpointingLayer)]
     for module in [*blocks, network]:

@@ -10,14 +10,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import ranks
 import torch
 from conftest import ROOT, read_log
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import data
 import eval as evaluation
