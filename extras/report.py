@@ -290,14 +290,16 @@ def chart(runs: list[Run], name: str) -> str:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(4, 2.4), layout="constrained")
-    for run in runs:
+    # an evaluation has no steps
+    drawn = [run for run in runs if len(line_of(run, name)[0]) > 0]
+    for run in drawn:
         steps, values = line_of(run, name)
         [line] = axes.plot(steps, values, linewidth=1, alpha=0.35)
         # a $ would start a formula; one value alone is a dot
         axes.plot(steps, smooth(values), color=line.get_color(), linewidth=2,
                   label=run.name.replace("$", r"\$"), marker="o" if len(values) == 1 else "")
     axes.grid(alpha=0.3)
-    if len(runs) > 1:
+    if len(drawn) > 1:
         axes.legend(fontsize=8)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=150)
