@@ -3,7 +3,7 @@
     row -> load_samples -> Sample (image, question, label) -> Processor.encode -> Example
 
 A label is a list of objects {"bbox_2d": [x1, y1, x2, y2], "point_2d": [x, y]}, [] if nothing is
-there, or else a text. A box is x2 - x1 wide: its corners lie between pixels. Coordinates run to a
+there, or else a text. Corners are edges of pixels, so a box is x2 - x1 wide. Coordinates run to a
 frame, a (width, height): that of the original image, of the resized one, or (1000, 1000).
 """
 
@@ -48,7 +48,7 @@ FORMAT = ("First reason about what you see, between <think> and </think>. Then w
 
 @dataclass(frozen=True)
 class Task:
-    """What is asked, and how: wording, label columns, metrics, defaults. docs/data.md adds one."""
+    """Wording, label columns, metrics and defaults of a task; docs/data.md shows how to add one."""
 
     name: str
     instruction: str = FIND
@@ -62,7 +62,7 @@ class Task:
     image_size: int = 840         # images become squares of this side,
     keep_shape: bool = False      # or keep their shape, with as many pixels at most
     thresholds: rewards.Thresholds = rewards.Thresholds()
-    recipe: dict = field(default_factory=dict)        # where train.py's defaults do not suit
+    recipe: dict = field(default_factory=dict)        # replaces the defaults of flags
 
 TASKS = {task.name: task for task in (
     Task("grounding", data="Ricky06662/ViSurf_multi_non_object_7300_size840",
@@ -108,7 +108,7 @@ def load_samples(source, task: Task, split="train", limit=0, skip_bad_rows=False
     """Read and check the samples of a source, or the first `limit`; images are decoded later.
 
     source: a .jsonl or .parquet file, a folder, a hub id, or None for the task's own data. The
-    first bad row raises DataError, with file and row; to be skipped, bad rows are counted aloud.
+    first bad row raises DataError, with file and row; skipped ones are counted in a printed line.
     """
     require(task.name != "math" or find_spec("math_verify"),
             "--task math compares answers with math-verify: pip install math-verify")
@@ -146,12 +146,12 @@ def open_table(path: Path, split: str):
         elif (path / "dataset_dict.json").is_file():
             table = datasets.load_from_disk(str(path))[split]
         elif path.exists():
-            # By the split in their names, because splits may differ in their columns.
+            # Only this split's files: other splits may have other columns.
             files = [str(path)]
             if path.is_dir():
-                names = map(str, path.rglob("*.parquet"))
-                pattern = rf"(?<![a-z]){split}[^/a-z]"
-                files = sorted(name for name in names if re.search(pattern, name))
+                pattern = rf"(?<![a-z]){split}[^a-z]"
+                files = [str(file) for file in sorted(path.rglob("*.parquet"))
+                         if re.search(pattern, str(file.relative_to(path)))]
             table = datasets.load_dataset("parquet", data_files=files, split="train")
         else:
             table = datasets.load_dataset(str(path), split=split)
@@ -174,18 +174,20 @@ def read_sample(rows, number: int, path: Path, task: Task) -> Sample:
     question = str(row.get("problem") or row.get("text") or "").replace("<image>", "").strip()
     require(question, "no 'problem' or 'text', or an empty one")
     choices = list(map(str, row.get("choices") or []))
+    require(len(choices) <= len(ascii_uppercase), "more than 26 choices")
     if choices:
         question += "\nChoices: " + ", ".join(map("{}. {}".format, ascii_uppercase, choices))
 
     image = partial(find_image, rows, number, path if path.is_dir() else path.parent)
     stored = open_image(image, only_size=True)
     original = (int(row.get("img_width") or stored[0]), int(row.get("img_height") or stored[1]))
-    # Training labels are in pixels of the image as stored, test labels in the original's.
+    # The authors' training rows ("problem") are in pixels of the image as stored, their test rows
+    # ("text") in the original's.
     frame = row.get("frame") or (original if row.get("problem") is None else stored)
     for width, height in (frame, original):
         # Not too large either: eval.py paints masks of this size.
         require(width > 0 and height > 0 and width * height < 2e8,
-                "a frame or size is two positive numbers")
+                "a frame or size is two positive numbers, of at most 200 megapixels in all")
 
     label = read_label(row, task, frame)
     # <|image_pad|> would be one more image, and half a surrogate pair has no tokens.
@@ -215,9 +217,9 @@ def read_label(row: dict, task: Task, frame) -> list[dict] | str:
         require("bbox_2d" in found, f"bbox_2d is four numbers: {text:.80}")
         corners = np.reshape(found["bbox_2d"], (2, 2))
         point = np.asarray(found.get("point_2d", corners.mean(axis=0)))
-        right = (corners[0] < corners[1]) & (corners[0] <= point) & (point <= corners[1])
-        right &= (corners[0] < frame) & (corners[1] > 0)
-        require(right.all(), f"a box is inside out, or without its point, or outside its image of "
+        valid = (corners[0] < corners[1]) & (corners[0] <= point) & (point <= corners[1])
+        valid &= (corners[0] < frame) & (corners[1] > 0)
+        require(valid.all(), f"a box is inside out, or without its point, or outside its image of "
                              f"{frame[0]} x {frame[1]}: {found}")
         require(corners.max() > 1 or row.get("frame"),
                 f'for shares of the image, add "frame": [1, 1] to the row: {found}')
@@ -307,7 +309,7 @@ class Processor:
             config = json.loads(Path(path, "config.json").read_text("utf-8"))
             self.coordinates = config.get("coordinates") or COORDINATES[config["model_type"]]
             limits = {"max_pixels": self.image_size ** 2} if task.keep_shape else {}
-            self.images = Qwen2VLImageProcessorPil.from_pretrained(path, **limits)
+            self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(path, **limits)
             self.tokenizer = AutoTokenizer.from_pretrained(path)
             template = Path(path, "chat_template.json")
             if template.is_file():
@@ -322,14 +324,15 @@ class Processor:
 
     def encode(self, sample: Sample) -> Example:
         """Image, prompt and label as the network takes them; a long prompt is never truncated."""
-        patch, merge = self.images.patch_size, self.images.merge_size
+        patch, merge = self.image_processor.patch_size, self.image_processor.merge_size
         try:
             image = open_image(sample.image)
             if not self.task.keep_shape:
-                # In whole patches, which merge into whole tokens.
+                # A side of whole tokens, each of merge x merge patches.
                 side = max(round(self.image_size / (patch * merge)), 1) * patch * merge
                 image = image.resize((side, side), Image.Resampling.BICUBIC)
-            inputs = self.images(image, do_resize=self.task.keep_shape, return_tensors="pt")
+            inputs = self.image_processor(image, do_resize=self.task.keep_shape,
+                                          return_tensors="pt")
         except ValueError as error:
             raise DataError(f"{sample.where}: {error}") from None
         _, rows, columns = inputs["image_grid_thw"][0].tolist()
@@ -345,8 +348,8 @@ class Processor:
                                                     add_generation_prompt=True)
         slots = "<|image_pad|>" * (rows * columns // merge ** 2)
         ids = self.token_ids(prompt.replace("<|image_pad|>", slots))
-        require(len(ids) <= (self.max_prompt_length or len(ids)), f"{sample.where}: the prompt has "
-                f"{len(ids)} tokens: raise --max_prompt_length {self.max_prompt_length}")
+        require(len(ids) <= (self.max_prompt_length or len(ids)), f"{sample.where}: a prompt of "
+                f"{len(ids)} tokens: --max_prompt_length {self.max_prompt_length} is too low")
         label = move_objects(sample.label, sample.frame, frame, round_to_int=True)
         return Example(sample, ids, inputs["pixel_values"], inputs["image_grid_thw"], label, frame)
 

@@ -5,7 +5,7 @@
     torchrun --nproc_per_node 8 eval.py --task grounding        # each GPU answers its share
 
 samples -> `evaluate` -> results, a dict each, in pixels of the ORIGINAL image -> `metrics`.
-The last part, flags and processes, is train.py's too.
+train.py imports the last part: flags and processes.
 """
 
 import argparse
@@ -95,7 +95,7 @@ def evaluate(network, processor, samples, max_new_tokens=512, batch_size=32):
     results = []
     bad_rows = []
     shared = share(samples)
-    # None: a bar in a terminal only.
+    # To tqdm, None means a bar in terminals only.
     quiet = None if is_first() else True
     for first in tqdm(range(0, len(shared), batch_size), "evaluating", leave=False, disable=quiet):
         examples = []
@@ -144,9 +144,9 @@ def metrics(results: list[dict], task: data.Task) -> dict:
     if means.get("union"):
         # All intersections over all unions: large objects weigh more than in gIoU.
         means["cIoU"] = means["intersection"] / means["union"]
-    if "found" in means and "N-Acc" in means:
+    if "detected" in means and "N-Acc" in means:
         # Answers say yes or no, so the ROC curve has one corner.
-        means["ROC-AUC"] = (means["found"] + means["N-Acc"]) / 2
+        means["ROC-AUC"] = (means["detected"] + means["N-Acc"]) / 2
     if "squared_error" in means:
         means["RMSE"] = math.sqrt(means["squared_error"])
     names = (*task.metrics, "well_formed", "thinking", "truncated", "length", "reward")
@@ -162,7 +162,7 @@ def measure(result: dict) -> dict[str, float]:
     if "non_repeat" not in result["reward"]:
         # Mathematics.
         return scores | {"accuracy": result["reward"]["accuracy"]}
-    # Counting: no readable answer says 0, and is wrong.
+    # Counting: an unreadable answer counts as 0, and is never exact.
     count, true_count = [int(answer) if isinstance(answer, str) else len(answer or [])
                          for answer in (predicted, label)]
     error = count - true_count
@@ -180,14 +180,14 @@ def measure(result: dict) -> dict[str, float]:
         names = ("accuracy", "one_to_one", "gIoU", "N-Acc", "anomaly_acc")
         return scores | dict.fromkeys(names, float(predicted == []))
     # Something is there. Anomalies: something listed is taken for a defect.
-    found = float(bool(predicted))
+    detected = float(bool(predicted))
     overlap = intersection / union if union else 0.0
-    scores |= {"anomaly_acc": found, "found": found, "gIoU": overlap}
+    scores |= {"anomaly_acc": detected, "detected": detected, "gIoU": overlap}
 
     boxes = numbers_of(predicted, "bbox_2d", 4)  # (n, 4)
     true_boxes = numbers_of(label, "bbox_2d", 4)  # (m, 4)
     points = numbers_of(predicted, "point_2d", 2)[:, None]  # (n, 1, 2)
-    # accuracy, the authors': a predicted box, or the box around all, matches that of the label.
+    # accuracy, the authors': a box, or the box around all boxes, matches that around the label's.
     overlaps = rewards.iou([*boxes, *box_around(boxes)], box_around(true_boxes))
     # one_to_one, ours: an object too many costs as much as one too few.
     pairs = rewards.match((rewards.iou(boxes, true_boxes) > 0.5).astype(int))
@@ -229,11 +229,11 @@ class Parser(argparse.ArgumentParser):
     """argparse, but a mistake is one line, printed by one rank, and exit code 2."""
 
     def error(self, message):
-        """What argparse calls for a mistake."""
+        """argparse calls this for a mistake."""
         self.exit(2, f"{self.prog}: {message}\n" if is_first() else None)
 
 def parse(settings_class, argv, program: str):
-    """Flags from a dataclass's fields; one not given has the task's recipe's value, or its own."""
+    """Flags from a dataclass's fields. The task's recipe replaces the defaults of some."""
     parser = Parser(program, description=settings_class.__doc__, allow_abbrev=False)
     for setting in fields(settings_class):
         words = {"default": setting.default, "help": f"{setting.metadata['help']} (%(default)s)"}
@@ -242,6 +242,7 @@ def parse(settings_class, argv, program: str):
         else:
             parser.add_argument(f"--{setting.name}", type=setting.type,
                                 choices=setting.metadata["choices"], **words)
+    # Once to learn the task, and again with its recipe.
     given = vars(parser.parse_args(argv))
     recipe = data.TASKS[given["task"]].recipe
     parser.set_defaults(**{name: recipe[name] for name in recipe if name in given})
@@ -272,7 +273,7 @@ def run_program(program: str, function, *args):
         sys.exit(2)
     finally:
         if world()[1] > 1:
-            # A thread of gloo that waits for Python's lock while Python 3.11 exits, crashes it.
+            # Python 3.11 crashes at exit if a thread of gloo is waiting for its lock.
             time.sleep(0.1)
 
 def start(timeout_minutes: float = 30) -> torch.device:

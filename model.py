@@ -16,8 +16,8 @@ transformers runs instead of its own, decides which token sees which:
     completion 1     all        causal         -
     completion 2     all        -              causal
 
-Completions count their positions on from the prompt, so each of them is computed as if it stood
-alone behind it. The vision tower runs once, and all members' gradients meet in the prompt.
+The positions of each completion continue from its prompt's, so it is computed as if it stood alone
+behind it. The vision tower runs once, and all members' gradients meet in the prompt.
 
 Shapes
     B   prompts in a batch               P   prompt tokens, right-padded to the longest
@@ -41,8 +41,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 CHUNK = 256  # tokens whose logits are in memory at a time
-# Tokens between two looks whether all rows have finished, which synchronises with a GPU.
-LOOK_EVERY = {"cpu": 1, "cuda": 8}
+# Tokens between checks whether all rows have finished: on a GPU, a check synchronises.
+CHECK_EVERY = {"cpu": 1, "cuda": 8}
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; its one-line message names the file and the problem."""
@@ -56,6 +56,7 @@ class GroupPolicy(nn.Module):
         super().__init__()
         self.vlm = vlm
         self.config = vlm.config
+        # The same results, faster: see these two functions.
         for module in vlm.modules():
             if type(module).__name__.endswith("RMSNorm"):
                 module.forward = MethodType(fused_rms_norm, module)
@@ -77,19 +78,19 @@ class GroupPolicy(nn.Module):
         B, N, T = completions.shape
         P = batch.ids.shape[1]
         positions, next_position = self.positions(batch)
-        # The token at t is predicted from position t - 1, so a last token is never an input.
-        real = mask[:, :, 1:]  # (B, N, T-1)
+        # A token is predicted from the one before: token t is an input if there is a token t + 1.
+        is_input = mask[:, :, 1:]  # (B, N, T-1)
         after_prompt = torch.arange(T - 1, device=mask.device) + next_position[:, None, None]
-        after_prompt = after_prompt.expand(B, N, -1)[real].expand(3, -1)  # M-RoPE's axes are equal
+        after_prompt = after_prompt.expand(B, N, -1)[is_input].expand(3, -1)  # 3 equal axes
         hidden = self.hidden_states(batch, torch.cat([positions, after_prompt], dim=1),
-                                    GroupAttention(batch.lengths, P, real),
-                                    completions[:, :, :-1][real])
+                                    GroupAttention(batch.lengths, P, is_input),
+                                    completions[:, :, :-1][is_input])
 
         # Bring the states back to (B, N, T): the prompt's last token predicts the first token.
         last = batch.lengths - 1 + P * torch.arange(B, device=mask.device)
         states = hidden.new_zeros(B, N, T, hidden.shape[-1])
         states[:, :, 0] = hidden[last][:, None]
-        states[:, :, 1:][real] = hidden[B * P :]
+        states[:, :, 1:][is_input] = hidden[B * P :]
 
         # Only the tokens that count go through the output head.
         forbidden = torch.tensor(self.forbidden_tokens, dtype=torch.long, device=mask.device)
@@ -158,10 +159,10 @@ ATTENTION = {"text_config": "visurf", "vision_config": "sdpa"}
 class GroupAttention:
     """Causal attention inside each prompt; each completion sees its own prompt and its own past.
 
-    The flat sequence holds B*P prompt tokens and then the completions' tokens that are True in
-    `real` (B, N, T). Prompts are right-padded: under a causal mask no real token ever sees the
-    padding behind it, so only completions need a mask. store(layer, k, v), if given, gets the
-    prompts' keys and values of every layer.
+    The flat sequence holds B*P prompt tokens and then the completions' inputs, those that are True
+    in `real` (B, N, T): here T leaves out each last token. Prompts are right-padded: under a causal
+    mask no real token ever sees the padding behind it, so only completions need a mask.
+    store(layer, k, v), if given, gets the prompts' keys and values of every layer.
     """
 
     def __init__(self, lengths, P: int, real=None, store=None):
@@ -269,7 +270,7 @@ def product(a, b) -> torch.Tensor:
     """a @ b, of two matrices or two batches of matrices, in float32."""
     multiply = torch.mm if a.dim() == 2 else torch.bmm
     if a.is_cuda and a.dtype != torch.float32:
-        # A GPU's matrix units add up half-precision products in float32 without a copy.
+        # A GPU adds up half-precision products in float32, without a float32 copy of a or b.
         return multiply(a, b, out_dtype=torch.float32)
     return multiply(a.float(), b.float())
 
@@ -279,7 +280,7 @@ class Completion(NamedTuple):
     """A sampled completion."""
 
     ids: torch.Tensor  # (T,) with the end token, if there is one
-    logprobs: torch.Tensor  # (T,) under softmax(logits / temperature); 1 if greedy
+    logprobs: torch.Tensor  # (T,) under softmax(logits / temperature); greedy: temperature 1
     finished: bool  # False: cut off at the length limit
 
 @torch.inference_mode()
@@ -287,8 +288,8 @@ def generate(network: GroupPolicy, prompts, num_generations: int = 1, max_new_to
              temperature: float = 1.0, seeds=None, cuda_graph=True) -> list[list[Completion]]:
     """Sample num_generations completions of each prompt; temperature 0 is greedy decoding.
 
-    seeds: an integer below 2**32 for each prompt (default 0, 1, ...) that decides every token of
-    its rollouts, whatever else is in the batch. cuda_graph changes only the time.
+    seeds: an integer below 2**32 for each prompt (default 0, 1, ...) that decides all random
+    numbers of its rollouts, whatever else is in the batch. cuda_graph changes only the time.
     """
     if not prompts:
         return []
@@ -298,12 +299,12 @@ def generate(network: GroupPolicy, prompts, num_generations: int = 1, max_new_to
     forbidden = torch.tensor(network.forbidden_tokens, dtype=torch.long, device=device)
     # A number in [0, 1) for every token, drawn for each prompt by itself: other prompts in the
     # batch do not move the stream.
-    draws = []
+    uniforms = []
     for seed in range(len(prompts)) if seeds is None else seeds:
         generator = torch.Generator().manual_seed(seed)
-        draws.append(torch.rand(num_generations, max_new_tokens, generator=generator,
-                                dtype=torch.float64))
-    uniform = torch.cat(draws).T.to(device)[..., None]  # (length, R, 1)
+        uniforms.append(torch.rand(num_generations, max_new_tokens, generator=generator,
+                                   dtype=torch.float64))
+    uniform = torch.cat(uniforms).T.to(device)[..., None]  # (length, R, 1)
     ids = []
     logprobs = []
     running = torch.ones(uniform.shape[1], dtype=torch.bool, device=device)  # (R,)
@@ -319,8 +320,8 @@ def generate(network: GroupPolicy, prompts, num_generations: int = 1, max_new_to
         ids.append(tokens[:, 0])
         logprobs.append(probabilities.gather(1, tokens).log()[:, 0])
         running &= ~torch.isin(ids[t], stop)
-        looks = t % LOOK_EVERY[device.type] == 0
-        if t + 1 == max_new_tokens or (looks and not running.any()):
+        check_now = t % CHECK_EVERY[device.type] == 0
+        if t + 1 == max_new_tokens or (check_now and not running.any()):
             break
         hidden = decoder.step(ids[t])
     completions = split_rows(torch.stack(ids).cpu(), torch.stack(logprobs).cpu(), stop.cpu())
@@ -350,8 +351,8 @@ class Decoder:
     """Runs each prompt once, then one token of each row a step, with a KV cache.
 
     A prompt's keys and values are kept once: its rows share one product with them. On CUDA a step
-    is captured as a graph, which needs fixed shapes: attention then reads a stretch of slots that
-    doubles now and then, the empty ones masked.
+    is captured as a graph, which needs fixed shapes: attention then reads 64, 128, 256, ... slots,
+    of which the empty ones are masked.
     """
 
     def __init__(self, network: GroupPolicy, prompts, N: int, max_tokens: int, cuda_graph: bool):
@@ -408,23 +409,24 @@ class Decoder:
             # Drop an old graph before another is captured: they share cuBLAS's workspace.
             self.graph = None
             self.tokens = tokens.clone()
-            hidden = self.run()
+            # Eager, which also warms up what a capture needs.
+            hidden = self.decode()
             if self.captures:
                 self.graph = self.capture()
         self.position += 1
         return hidden
 
     def capture(self):
-        """Record `run`, on the tensors that are in use now, as a graph; nothing is computed."""
+        """Record `decode`, on the tensors that are in use now, as a graph; nothing is computed."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self.hidden = self.run()
+            self.hidden = self.decode()
         return graph
 
-    def run(self) -> torch.Tensor:
+    def decode(self) -> torch.Tensor:
         """One pass of the language model over the current token of every row."""
-        # The layers of `language_model`, whose own forward would spend a twentieth of a small
-        # network's step on masks and caches that are not used here.
+        # Layer by layer: language_model.forward would spend a twentieth of a small network's step
+        # on masks and caches that are not used here.
         text = self.network.vlm.model.language_model
         x = text.embed_tokens(self.tokens[None])  # (1, R, D)
         rotary = text.rotary_emb(x, self.position.expand(3, 1, -1))
@@ -462,7 +464,7 @@ SIDE_FILES = ("tokenizer*.json", "vocab.json", "merges.txt", "added_tokens.json"
               "chat_template.json", "chat_template.jinja", "LICENSE*")
 
 def load_pretrained(path, dtype=torch.float32, device="cpu") -> GroupPolicy:
-    """Load a Hugging Face checkpoint directory, in a type or, with "auto", in its own.
+    """Load a Hugging Face checkpoint directory in `dtype` or, if that is "auto", in its own.
 
     CheckpointError if the directory is no Qwen-VL checkpoint, or a tensor is missing, unknown or
     misshaped.
@@ -482,7 +484,7 @@ def load_pretrained(path, dtype=torch.float32, device="cpu") -> GroupPolicy:
             if report[kind]:
                 raise ValueError(f"{kind} in its safetensors files: {sorted(report[kind])[0]}")
         network = GroupPolicy(vlm.to(device)).eval()
-        # Not vlm.generation_config: transformers silently goes without a damaged file.
+        # Not vlm.generation_config: transformers silently ignores a damaged file.
         stop = transformers.GenerationConfig.from_pretrained(path, **local).eos_token_id
         network.stop_tokens = stop if isinstance(stop, list) else [stop]
         for name in ("image", "video", "vision_start", "vision_end", "vision"):
@@ -524,7 +526,7 @@ def save_pretrained(network: GroupPolicy, directory, source, dtype=torch.bfloat1
     directory = Path(directory)
     state = {name: parameter.detach().to("cpu", dtype, copy=True)
              for name, parameter in network.vlm.named_parameters()}
-    # A full disk, above all.
+    # The most likely error is a full disk.
     with named_errors(directory):
         network.vlm.save_pretrained(directory, state_dict=state)
     network.config.dtype = dtype

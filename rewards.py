@@ -7,19 +7,20 @@ r"""Rewards: read the answer of a completion, match it with the label, score it 
     accuracy    0 to 3   best one-to-one matching; a pair earns 1 for each of IoU, box L1 and point
     non_repeat  0 or 1   fewer than two sentences are repetitions
 
-Counting also takes a number, mathematics any text. An unreadable answer earns 0.
+Counting also takes a number. In mathematics, whose answer may be any text, format and accuracy are
+0 or 1, and repeats do not count. An unreadable answer earns nothing for format and accuracy.
 """
 
 import json
 import re
 from dataclasses import dataclass
+from string import ascii_uppercase
 
 import numpy as np
 
-RANGES = {"thinking": (0, 1), "format": (0, 2), "accuracy": (0, 3), "non_repeat": (0, 1)}
 MAX_OBJECTS = 120
-# Not for math-verify: 9^{9^{9^9}} is one step, which no alarm interrupts; dog is a product of
-# letters, and so equals god.
+# Not for math-verify: 9^{9^{9^9}} hangs in one step, which no alarm interrupts, and a word is read
+# as a product of letters, so that dog = god.
 COSTLY = re.compile(r"""
     \\(?!(boxed|text|circ|[dt]?frac|sqrt(?!\[)|pi|cdot|times|div|pm|left|right|infty|cup|log|ln)
        (?![a-zA-Z])|[{}%])|!|[^ -~]|.{201}|^[a-zA-Z ]{3,}$|\d[ ]\d
@@ -34,7 +35,7 @@ class Thresholds:
 
 def score(completion: str, label: list[dict] | str, task: str = "grounding", frame=(840, 840),
           thresholds=Thresholds(), choices=()) -> dict[str, float]:
-    """The reward of a completion by component: those of RANGES that its task has.
+    """The reward of a completion by component: those above that its task has.
 
     label: objects with "bbox_2d" and perhaps "point_2d", in coordinates that run to frame (width,
     height); or text, the number in counting, the answer in mathematics (perhaps one of `choices`).
@@ -42,7 +43,7 @@ def score(completion: str, label: list[dict] | str, task: str = "grounding", fra
     >>> score('<answer>[{"bbox_2d": [0, 0, 50, 60]}]</answer>', [{"bbox_2d": [0, 0, 50, 50]}])
     {'thinking': 0.0, 'format': 1.0, 'accuracy': 2.0, 'non_repeat': 1.0}
     """
-    # Whatever the policy writes, reading it takes milliseconds.
+    # A cut bounds the time that regular expressions take.
     completion = completion[:30_000]
     predicted = read_answer(completion, task)
     components = {"thinking": float(has_thinking(completion))}
@@ -66,15 +67,17 @@ def non_repeat(completion: str) -> float:
     return float(len(sentences) - len(set(sentences)) < 2)
 
 def score_objects(predicted, label, frame, thresholds) -> dict[str, float]:
-    """Format and accuracy of objects, or of a number: 3 if right, 1 if the label shows objects."""
+    """Format and accuracy; a right number earns 3, but only 1 if the label lists objects."""
     if predicted is None:
         return {"format": 0.0, "accuracy": 0.0}
     counts = [len(x) if isinstance(x, list) else int(x) for x in (predicted, label)]
     right = float(counts[0] == counts[1])
     if isinstance(predicted, str):
         return {"format": 2.0, "accuracy": right if isinstance(label, list) else 3 * right}
-    # A right "[]" earns everything, or hallucinating would pay more; a wrong one, nothing.
+    # An object's length is its number of readable fields. A right "[]" earns full format too, or
+    # boxes where nothing is would earn more; a wrong one earns nothing.
     readable = sum(map(len, predicted)) / len(predicted) if predicted else 2 * right
+    # Nothing to match? Then only the numbers of objects are compared.
     if not predicted or not label or isinstance(label, str):
         return {"format": readable, "accuracy": 3 * right}
     # What is missing is NaN here, and no comparison with NaN is true.
@@ -94,7 +97,9 @@ def score_objects(predicted, label, frame, thresholds) -> dict[str, float]:
     near = inside[:, None] & (distance < thresholds.point)
     agree = [iou(boxes, true_boxes) > thresholds.iou, l1 < thresholds.box_l1, near]
     gains = is_box[:, None] * np.sum(agree, axis=0)                                  # 0 to 3
-    total = sum(map(gains.__getitem__, match(gains)))
+    total = 0
+    for pair in match(gains):
+        total += gains[pair]
     # Divided by the larger number, an object too many costs as much as one too few.
     return {"format": readable, "accuracy": float(total / max(gains.shape))}
 
@@ -105,7 +110,7 @@ def iou(boxes_a, boxes_b) -> np.ndarray:
     sides = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])  # (n, m, 2)
     intersection = sides.clip(0).prod(axis=2)
     areas = (a[..., 2:] - a[..., :2]).prod(axis=2) + (b[..., 2:] - b[..., :2]).prod(axis=2)
-    return intersection / np.maximum(areas - intersection, 1e-12)        # no areas: 0 / 1e-12
+    return intersection / np.maximum(areas - intersection, 1e-12)        # two empty boxes: 0
 
 def match(gains) -> list[tuple[int, int]]:
     """(row, column) pairs of integer gains (n, m) >= 0, one-to-one, with the largest sum; none 0.
@@ -122,8 +127,9 @@ def match(gains) -> list[tuple[int, int]]:
                     row_of[column] = row
                     return True
         return False
-    # The Hungarian method (Kuhn 1955): prices keep row + column >= gain; matched pairs are equal.
-    # In the end all that is free has price 0: the matched gains sum to all prices, an upper bound.
+    # The Hungarian method (Kuhn 1955). Row price + column price >= gain, with equality if matched.
+    # So no matching gains more than all prices, and in the end, when all that is free has price 0,
+    # this one gains as much.
     gains = np.asarray(gains).astype(int)
     row_price = np.full(gains.shape[0], gains.max(initial=0))
     column_price = np.zeros(gains.shape[1], int)
@@ -177,7 +183,7 @@ def read_answer(completion: str, task: str) -> list[dict] | str | None:
 
 def same_answer(predicted: str, label: str, choices=()) -> bool:
     """Whether two answers say the same, as plain text or to math-verify. Never raises."""
-    options = dict(zip("ABCDEFGHIJ", choices))
+    options = dict(zip(ascii_uppercase, choices))
     texts = []
     for text in (label, predicted):
         text = re.sub(r"^\\boxed\{(.*)\}[\s.]*$", r"\1", text.strip()).strip().rstrip(" .")

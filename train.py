@@ -25,6 +25,7 @@ import warnings
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -91,13 +92,13 @@ class Run:
     step: int = 0                      # steps done
     not_finite: int = 0                # updates skipped in a row: loss or gradient not finite
 
-# Settings that --resume cannot change, and what a checkpoint keeps beside the tensors.
-FIXED = ("task", "method", "model", "data", "seed", "batch_size")
-COUNTERS = ("step", "not_finite", "votes")
+FIXED = ("task", "method", "model", "data", "seed", "batch_size")     # for --resume
+COUNTERS = ("step", "not_finite", "votes")     # what a checkpoint keeps beside the tensors
 STATE = "training_state"
 LOGS = ("metrics", "completions")
-noted = []                             # signals this process received
-warnings.filterwarnings("ignore", "torch.distributed is disabled")    # one process saves alone
+received_signals = []
+# A run of one process saves without the others.
+warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
 def main(argv=None):
     """The command line."""
@@ -139,11 +140,11 @@ def loop(run: Run):
     """Train step by step; save now and then, and if a signal or a user's mistake ends the run."""
     settings = run.settings
     # From now on a signal to stop is only noted, and `leave_if_asked` acts on it.
-    noted.clear()
+    received_signals.clear()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         # nohup ignores SIGHUP, and so it stays.
         if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda number, frame: noted.append(number))
+            signal.signal(number, lambda number, frame: received_signals.append(number))
     try:
         if settings.method == "sft" and run.step == 0:
             # No rollouts: the network's own answers to 32 questions decide the label's style.
@@ -151,7 +152,8 @@ def loop(run: Run):
             sample(run, groups, 1, temperature=0)
             vote_for_style(run, groups)
         while run.step < settings.max_steps:
-            on_first_rank(log_step, run, *train_step(run))
+            values, records = train_step(run)
+            on_first_rank(log_step, run, values, records)
             require(run.not_finite < 10, "10 updates in a row not finite: lower --learning_rate")
             if run.step % settings.save_steps == 0:
                 save(run)
@@ -175,7 +177,7 @@ class Group:
     advantages: torch.Tensor | None = None               # (N,) float64
 
     def record(self) -> dict:
-        """What the logs keep of it."""
+        """The part that is logged."""
         return {"question": self.example.sample.question, "texts": self.texts,
                 "lengths": [*map(len, self.ids)], "truncated": self.truncated,
                 "rewards": self.rewards, "advantages": self.advantages.tolist()}
@@ -189,12 +191,12 @@ def train_step(run: Run) -> tuple[dict, list[dict]]:
     groups, bad_rows = encode_share(run, range(first, first + settings.batch_size))
     if settings.method != "sft":
         sample(run, groups, settings.num_generations, settings.temperature)
-    # A signal came while sampling? This step has changed nothing yet.
+    # Sampling takes long, and this step has changed nothing yet: a good moment to stop.
     leave_if_asked()
     vote_for_style(run, groups)
     for group in groups:
         if settings.method != "rlvr":
-            inject_label(run, group)
+            append_label(run, group)
         for text in group.texts:
             group.rewards.append(run.processor.score(text, group.example))
         group.advantages = compute_advantages(settings, group)
@@ -228,7 +230,7 @@ def summarize(records: list[dict], settings: Settings) -> dict:
     return {name: np.mean(values) for name, values in columns.items()}
 
 def encode_share(run: Run, places: range) -> tuple[list[Group], int]:
-    """This rank's share of places in the stream of prompts, as groups; how many rows were bad."""
+    """This rank's share of the prompts at `places`, as groups; and how many rows were bad."""
     groups = []
     bad_rows = []
     for place in share(places):
@@ -270,7 +272,7 @@ def vote_for_style(run: Run, groups: list[Group]):
     # Answers that several styles would write alike, such as [], say nothing.
     del run.votes[None]
 
-def inject_label(run: Run, group: Group):
+def append_label(run: Run, group: Group):
     """Add the label to its group, in the rollouts' style."""
     style = visurf.preferred_style(run.votes) if run.settings.align_label else "spaced"  # control 1
     text = visurf.align_label(group.example.label, style)
@@ -300,11 +302,11 @@ def update(run: Run, groups: list[Group]) -> dict:
     useful.sort(key=lambda group: max(map(len, group.ids)))
     size = settings.micro_batch_size
     micro_batches = [useful[i : i + size] for i in range(0, len(useful), size)]
-    # One number of each rank.
-    rounds, tokens = zip(*gather([(len(micro_batches), tokens)]))
+    # One pair of each rank.
+    rounds, token_counts = zip(*gather([(len(micro_batches), tokens)]))
     # FSDP averages gradients over ranks, so each rank divides by its fair share of all tokens.
-    total = sum(tokens) / dist.get_world_size()
-    # Every exchange needs all ranks: one that has less to do computes a dummy.
+    total = sum(token_counts) / dist.get_world_size()
+    # FSDP's exchanges need all ranks: one with fewer micro-batches computes dummies.
     micro_batches += [[run.dummy]] * (max(rounds) - len(micro_batches))
     loss_sum = 0.0
     for micro_batch in micro_batches:
@@ -338,7 +340,7 @@ def update(run: Run, groups: list[Group]) -> dict:
     return {"loss": mean_loss, "grad_norm": norm, "not_finite": run.not_finite}
 
 def load_network(settings: Settings, source, device) -> tuple:
-    """The network, of which each of W ranks holds 1/W, in float32; and its twin, see `gathered`."""
+    """The network, each of W ranks holding 1/W of it in float32; and its twin: see gathered."""
     network = model.load_pretrained(source, dtype="auto")
     twin = model.empty_network(network.config)
     # Weights, gradients and AdamW's moments take 16 bytes a parameter.
@@ -350,13 +352,17 @@ def load_network(settings: Settings, source, device) -> tuple:
                 f"{available / 1e9:.0f} GB before any activation: use more GPUs or --cpu_offload")
 
     compute = torch.bfloat16 if on_gpu else torch.float32
-    policy = fsdp.MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
-    offload = fsdp.CPUOffloadPolicy(on_gpu) if settings.cpu_offload else fsdp.OffloadPolicy()
+    # Inputs are not cast: positions and rotary tables stay in float32.
+    policy = fsdp.MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32,
+                                       cast_forward_inputs=False)
+    offload = fsdp.OffloadPolicy()
+    if settings.cpu_offload:
+        offload = fsdp.CPUOffloadPolicy(pin_memory=on_gpu)
     # A block's weights are gathered for its turn. Embedding and output head are the root's.
     blocks = [m for m in network.modules() if isinstance(m, GradientCheckpointingLayer)]
     for module in [*blocks, network]:
         fsdp.fully_shard(module, mp_policy=policy, offload_policy=offload)
-    # Not before they were sharded: whole float32 weights need not fit on a rank.
+    # Only now, after sharding: whole float32 weights need not fit on a rank.
     network.float()
     twin.stop_tokens = network.stop_tokens
     twin.forbidden_tokens = network.forbidden_tokens
@@ -365,6 +371,7 @@ def load_network(settings: Settings, source, device) -> tuple:
         owner, _, leaf = name.rpartition(".")
         twin.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
     if settings.checkpoint_activations:
+        # transformers recomputes activations in training mode alone.
         network.vlm.activation_checkpointing_enable({"use_reentrant": False})
         network.train()
     return network, twin
@@ -373,8 +380,8 @@ def load_network(settings: Settings, source, device) -> tuple:
 def gathered(run: Run):
     """The whole network on every rank, for sampling: a plain twin that borrows its weights."""
     # Gathered once, here: while the twin decodes nothing is exchanged, so ranks need not keep step.
-    # FSDP's hooks must not run: they note the order of blocks, by which it prefetches in backward,
-    # and a rank with fewer prompts would wait for the others forever.
+    # The twin has none of FSDP's hooks: they record the order of blocks, by which it prefetches in
+    # backward, and a rank with fewer prompts would wait for the others forever.
     units = [module for module in run.network.modules() if isinstance(module, fsdp.FSDPModule)]
     for unit in units:
         unit.unshard()
@@ -387,7 +394,7 @@ def gathered(run: Run):
             unit.reshard()
 
 def claim_directory(settings: Settings, directory: Path, lock):
-    """Take the directory for this run, unless another run is in it, or was without --resume."""
+    """Lock the directory; DataError if another run is in it, or was in it and this is no resume."""
     try:
         # Held until this process closes the file or ends, however it ends.
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -405,12 +412,12 @@ def claim_directory(settings: Settings, directory: Path, lock):
 
 def own_checkpoints(directory: Path) -> list[Path]:
     """The complete checkpoints of the run, from the oldest to the newest; nothing else's."""
-    found = {}
+    steps = {}
     for path in directory.glob("checkpoint-*"):
         step = path.name.partition("-")[2]
         if step.isdecimal() and (path / f"{STATE}.json").is_file() and not path.is_symlink():
-            found[int(step)] = path
-    return list(dict(sorted(found.items())).values())
+            steps[int(step)] = path
+    return list(map(steps.get, sorted(steps)))
 
 def save(run: Run):
     """Write checkpoint-STEP unless it is there, then delete the oldest beyond --keep."""
@@ -425,7 +432,7 @@ def save(run: Run):
             [[probe]] = model.generate(network, [run.dummy.example], 1, 1)
             require(probe.logprobs.isfinite(), f"step {run.step}: weights are not finite and not "
                     "saved: lower --learning_rate; --resume continues from the last checkpoint")
-            on_first_rank(shutil.rmtree, unfinished, True)
+            on_first_rank(partial(shutil.rmtree, unfinished, ignore_errors=True))
             on_first_rank(model.save_pretrained, network, unfinished, run.source)
         writer = dcp.HuggingFaceStorageWriter(str(unfinished / STATE), save_distributed=True)
         dcp.save(tensors(run), storage_writer=writer, no_dist=dist.get_world_size() == 1)
@@ -447,7 +454,7 @@ def save(run: Run):
         on_first_rank(shutil.rmtree, unfinished)
 
 def tensors(run: Run) -> dict[str, torch.Tensor]:
-    """All tensors of the training state: weights, and AdamW's moments and step counts."""
+    """Training state: weights, and AdamW's moments and step counts, made if missing."""
     found = {}
     for name, parameter in run.network.named_parameters():
         state = run.optimizer.state[parameter]
@@ -472,6 +479,7 @@ def compute_digests(directory: Path) -> dict[str, str]:
 def resume(run: Run):
     """Go on from the last checkpoint, if there is one, on as many ranks as there are now."""
     state = {"log_sizes": {}}
+    # At most one.
     for last in on_first_rank(own_checkpoints, run.directory)[-1:]:
         state = read_json(last / f"{STATE}.json")
         require(compute_digests(last) == state.get("digests"), f"{last}: a damaged or missing "
@@ -482,13 +490,13 @@ def resume(run: Run):
         reader = dcp.HuggingFaceStorageReader(str(last / STATE))
         dcp.load(tensors(run), storage_reader=reader, no_dist=dist.get_world_size() == 1)
     if is_first():
-        # Later steps will be repeated.
+        # Drop what was logged after the checkpoint: those steps run again.
         for name in LOGS:
             with open(run.directory / f"{name}.jsonl", "a") as file:
                 file.truncate(state["log_sizes"].get(name, 0))
 
 def read_json(path: Path) -> dict:
-    """What a file of this run holds; DataError if the file was damaged."""
+    """Read one JSON file of this run; DataError if it was damaged."""
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
@@ -506,7 +514,7 @@ def log_step(run: Run, values: dict, records: list[dict]):
             values[name] = None
     print(line, flush=True)
     values["style"] = visurf.preferred_style(run.votes)
-    groups = records if run.step % 10 == 1 else []
+    groups = records if run.step % 10 == 1 else []     # steps 1, 11, 21, ...
     for group in groups[:1]:
         print(f"    {group['texts'][0]!r} earns {group['rewards'][0]}")
     for name, entries in zip(LOGS, ([values], groups)):
@@ -516,7 +524,7 @@ def log_step(run: Run, values: dict, records: list[dict]):
 
 def leave_if_asked():
     """End all ranks if a signal came to any of them, with the exit code 128 + its number."""
-    numbers = gather(noted[:1])
+    numbers = gather(received_signals[:1])
     if numbers:
         if is_first():
             name = signal.Signals(numbers[0]).name

@@ -5,14 +5,14 @@ For a prompt x (an image and a question) with the label y:
 
     1. Sample G rollouts o_1 .. o_G from the policy; score them and y with the same rewards r(.)
     2. Control the label's reward; each control has a switch of its own:
-         control 1  write y in the style of most rollouts            style_of, align_label
+         control 1  write y in the style of most rollouts so far     style_of, align_label
          control 2  give y no reward for thinking                    label_reward
          control 3  give y the rollouts' mean if one is as good      smooth_label_reward
     3. Inject y into the group {o_1 .. o_G, y} of N = G + 1 members  inject_label
     4. Advantages  A_m = (r_m - mean) / (std + eps)                  group_advantages  (Eq. 6-7)
-    5. Maximise the mean of min(rho_m A_m, clip(rho_m) A_m)          policy_loss       (Eq. 8)
+    5. Maximise the token mean of min(rho A_m, clip(rho) A_m)        policy_loss       (Eq. 8)
 
-With one update per sampling, the importance ratio rho is 1 and the gradient of the objective is
+With one update per sampling, the importance ratio rho is 1, and the gradient, per token, is
     1/N [ sum_i A_i grad log pi(o_i|x)  +  A_y grad log pi(y|x) ]                      (Eq. 9)
 Shapes: G rollouts, N members, T tokens; "..." are leading axes. Masks are True on real tokens.
 """
@@ -29,7 +29,7 @@ def write_tight_lists(answer: list[dict]) -> str:
     return re.sub(r"(?<=\d), (?=-?\d)", ",", json.dumps(answer))
 
 # Candidates for the label's style: name -> function(answer) -> the text between the answer tags.
-# VisionReasoner's labels are spaced, its prompt has tight lists.
+# The authors' earlier VisionReasoner has spaced labels, and tight lists in its prompt.
 STYLES = {
     "spaced": json.dumps,
     "tight lists": write_tight_lists,
@@ -38,7 +38,7 @@ STYLES = {
 }
 
 def style_of(answer_text: str) -> str | None:
-    """Reward control 1: the style that writes a rollout's answer exactly as it stands, or None.
+    """Reward control 1: the only style that reproduces a rollout's answer text, or None.
 
     >>> style_of('[{"point_2d":[1,2]}]'), style_of('[{"point_2d": [1,2]}]'), style_of("[]")
     ('compact', 'tight lists', None)
@@ -78,22 +78,22 @@ def label_reward(components: dict, credit_thinking: bool = False) -> torch.Tenso
         reward = reward + torch.as_tensor(value, dtype=torch.float64)
     return reward
 
-def smooth_label_reward(rollout_rewards, label_reward) -> torch.Tensor:
+def smooth_label_reward(rollout_rewards, r_label) -> torch.Tensor:
     """Reward control 3: where a rollout is as good as the label, the label gets the rollouts' mean.
 
-    rollout_rewards (..., G), label_reward (...) -> (...).
+    rollout_rewards (..., G), r_label (...) -> (...).
 
     >>> smooth_label_reward(torch.tensor([3.0, 0.0, 0.0, 3.0]), torch.tensor(3.0))
     tensor(1.5000)
     """
-    label_reward = label_reward.to(rollout_rewards)     # 2.1 in float32 is below 2.1 in float64
-    # With the rollouts' mean, the label has zero advantage: only reinforcement goes on.
-    solved = rollout_rewards.amax(dim=-1) >= label_reward                   # (...)
-    return torch.where(solved, rollout_rewards.mean(dim=-1), label_reward)
+    r_label = r_label.to(rollout_rewards)               # 2.1 in float32 is below 2.1 in float64
+    # With the rollouts' mean, the label has zero advantage: only the rollouts teach.
+    solved = rollout_rewards.amax(dim=-1) >= r_label                        # (...)
+    return torch.where(solved, rollout_rewards.mean(dim=-1), r_label)
 
-def inject_label(rollout_rewards, label_reward) -> torch.Tensor:
+def inject_label(rollout_rewards, r_label) -> torch.Tensor:
     """Rewards of the whole group: (..., G) and the label's (...) -> (..., N), the label last."""
-    return torch.cat([rollout_rewards, label_reward[..., None]], dim=-1)
+    return torch.cat([rollout_rewards, r_label[..., None]], dim=-1)
 
 def group_advantages(rewards, eps: float = 1e-6) -> torch.Tensor:
     """A_m = (r_m - mean) / (std + eps) within each group: (..., N) -> (..., N)   (Eq. 6-7).

@@ -142,8 +142,8 @@ def in_bfloat16() -> dict:
     losses, found = {}, {}
     policy = train.fsdp.MixedPrecisionPolicy
     for dtype in ("float32", "bfloat16"):
-        train.fsdp.MixedPrecisionPolicy = lambda _, *rest, **more: policy(
-            getattr(torch, dtype), *rest, **more)
+        train.fsdp.MixedPrecisionPolicy = lambda param_dtype, **more: policy(
+            param_dtype=getattr(torch, dtype), **more)
         run = make_run("--method", "sft")
         gradients = []
 
@@ -187,7 +187,7 @@ def main(*flags):
 
 def main_with_a_bug(*flags):
     """One rank has a bug that shows in the second step; the other would wait, as GPUs do."""
-    inject = train.inject_label
+    inject = train.append_label
 
     def broken(run, group):
         if run.step == 1:
@@ -196,7 +196,7 @@ def main_with_a_bug(*flags):
             time.sleep(1000)
         inject(run, group)
 
-    train.inject_label = broken
+    train.append_label = broken
     main(*flags)
 
 

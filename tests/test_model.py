@@ -289,7 +289,7 @@ class FakeGraph:
 
     def replay(self):
         assert self.addresses(self.decoder) == self.where, "a captured graph would read stale memory"
-        self.decoder.hidden = self.decoder.run()
+        self.decoder.hidden = self.decoder.decode()
 
 
 def test_a_captured_step_gives_the_same_tokens(reference, monkeypatch):

@@ -64,7 +64,7 @@ def count_lines(file: str) -> int:
 
 
 def test_the_six_files_are_about_two_thousand_lines():
-    assert sum(map(count_lines, FILES)) <= 2_100
+    assert sum(map(count_lines, FILES)) <= 2_200
 
 
 def test_the_readme_tells_the_files_lengths():

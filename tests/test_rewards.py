@@ -20,8 +20,9 @@ import pytest
 from conftest import ROOT
 
 import rewards
-from rewards import RANGES, Thresholds, has_thinking, iou, match, non_repeat, read_answer, same_answer, score
+from rewards import Thresholds, has_thinking, iou, match, non_repeat, read_answer, same_answer, score
 
+RANGES = {"thinking": (0, 1), "format": (0, 2), "accuracy": (0, 3), "non_repeat": (0, 1)}
 MAX_REWARD = sum(high for _, high in RANGES.values())
 DOG = {"bbox_2d": [100, 100, 300, 300], "point_2d": [200, 200]}
 CAT = {"bbox_2d": [500, 400, 700, 800], "point_2d": [600, 600]}
