@@ -11,6 +11,7 @@ import base64
 import json
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -29,13 +30,16 @@ END = "<|im_end|>"                # of a completion
 # Answers are in "pixels" of the image that the model sees, or run from 0 to 1000 ("relative").
 COORDINATES = {"qwen2_vl": "relative", "qwen2_5_vl": "pixels", "qwen3_vl": "relative"}
 
-class DataError(ValueError):
+class UserError(ValueError):
     """A user's mistake: where it is, what is wrong, and the remedy."""
 
-def require(condition, message: str):
-    """Raise DataError unless the condition holds."""
+class DataError(UserError):
+    """Data that cannot be used."""
+
+def require(condition, message: str, error=UserError):
+    """Raise an error, with this message, unless the condition holds."""
     if not condition:
-        raise DataError(message)
+        raise error(message)
 
 
 # ---- Tasks ---------------------------------------------------------------------------------------
@@ -52,8 +56,11 @@ class Task:
 
     name: str
     instruction: str = FIND
+    kind: str = "objects"         # of answers: "objects", "count" or "math", see rewards.py
+    reward: Callable = rewards.score
     # Shown in the request for the answer's format; "": no such request.
-    example: str = '<answer>[{"bbox_2d": [120, 85, 480, 571], "point_2d": [310, 352]}]</answer>'
+    sample_answer: str = ('<answer>[{"bbox_2d": [120, 85, 480, 571], "point_2d": [310, 352]}]'
+                          '</answer>')
     model: str = "Qwen/Qwen2-VL-2B-Instruct"
     data: str = ""                # default data for training; "" if there is none
     eval_data: str = ""
@@ -72,17 +79,17 @@ TASKS = {task.name: task for task in (
     Task("anomaly", 'Find every defect of the object in the image: "{question}". ' + BOXES,
          metrics=("anomaly_acc", "ROC-AUC", "accuracy", "gIoU", "cIoU")),
     Task("medical"),
-    Task("counting", FIND + "Where there is too much to list, write just their number. ",
+    Task("counting", FIND + "Where there is too much to list, write just their number. ", "count",
          data="Ricky06662/VisionReasoner_multi_object_7k_840",
          eval_data="Ricky06662/counting_pixmo_test",
          columns=("solution", "bbox", "answer", "count"), metrics=("count_acc", "MAE", "RMSE")),
     # Images keep their shape: a squashed drawing has other angles.
-    Task("math", "{question}\nLook at the image, and find the answer. ",
+    Task("math", "{question}\nLook at the image, and find the answer. ", "math",
          data="hiyouga/geometry3k", eval_data="hiyouga/geometry3k", keep_shape=True,
-         example=r"<answer>\frac{3}{4}</answer>", columns=("answer", "solution"),
+         sample_answer=r"<answer>\frac{3}{4}</answer>", columns=("answer", "solution"),
          metrics=("accuracy",), recipe={"max_completion_length": 1024}),
     # Bundled: its small network knows some hundred words. Thresholds: 2 and 4 pixels of 48.
-    Task("digits", "{question}", example="", model=str(ASSETS / "tiny-qwen2-vl"),
+    Task("digits", "{question}", sample_answer="", model=str(ASSETS / "tiny-qwen2-vl"),
          data=str(ASSETS / "digits"), eval_data=str(ASSETS / "digits"), image_size=48,
          thresholds=rewards.Thresholds(box_l1=2 * 840 / 48, point=4 * 840 / 48),
          recipe={"learning_rate": 2e-4, "max_steps": 240, "batch_size": 8, "micro_batch_size": 8,
@@ -108,10 +115,10 @@ def load_samples(source, task: Task, split="train", limit=0, skip_bad_rows=False
     """Read and check the samples of a source, or the first `limit`; images are decoded later.
 
     source: a .jsonl or .parquet file, a folder, a hub id, or None for the task's own data. The
-    first bad row raises DataError, with file and row; skipped ones are counted in a printed line.
+    first bad row raises UserError, with file and row; skipped ones are counted in a printed line.
     """
-    require(task.name != "math" or find_spec("math_verify"),
-            "--task math compares answers with math-verify: pip install math-verify")
+    require(task.kind != "math" or find_spec("math_verify"),
+            f"--task {task.name} compares answers with math-verify: pip install math-verify")
     source = source or (task.data if split == "train" else task.eval_data)
     require(source, f"task {task.name} has no {split} data of its own: give --data PATH")
     path = Path(source)
@@ -130,9 +137,10 @@ def load_samples(source, task: Task, split="train", limit=0, skip_bad_rows=False
                 samples.append(read_sample(rows, number, path, task))
         # Python's own messages are useful too: "too many values to unpack".
         except (ValueError, TypeError, ArithmeticError, RecursionError) as error:
-            require(skip_bad_rows, f"{path}, row {number + 1}: {error}; see --skip_bad_rows")
+            require(skip_bad_rows, f"{path}, row {number + 1}: {error}; see --skip_bad_rows",
+                    DataError)
             bad_rows += 1
-    require(samples, f"{path}: no good row, {bad_rows} bad ones; give other data")
+    require(samples, f"{path}: no good row, {bad_rows} bad ones; give other data", DataError)
     if bad_rows and os.environ.get("RANK", "0") == "0":
         print(f"{path}: {bad_rows} bad rows skipped")
     return samples
@@ -208,7 +216,7 @@ def read_label(row: dict, task: Task, frame) -> list[dict] | str:
         text = json.dumps([{"bbox_2d": box} for box in boxes])
     # Labels are read like answers: no rollout could match an unreadable one. Tables with gaps
     # hold counts as 24.0.
-    label = rewards.read_answer(f"<answer>{text.removesuffix('.0')}</answer>", task.name)
+    label = rewards.read_answer(f"<answer>{text.removesuffix('.0')}</answer>", task.kind)
     require(label is not None, f"no label that {task.name} can read: {text:.80}")
     if isinstance(label, str):
         return label
@@ -319,7 +327,7 @@ class Processor:
             image_id = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
             require(image_id == config["image_token_id"], "its tokenizer is another model's")
         except Exception as error:       # foreign files make their readers raise nearly anything
-            raise DataError(f"{path}: not a complete Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint "
+            raise UserError(f"{path}: not a complete Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint "
                             f"({error!r:.300}); give one with --model") from None
 
     def encode(self, sample: Sample) -> Example:
@@ -339,17 +347,18 @@ class Processor:
         frame = (columns * patch, rows * patch) if self.coordinates == "pixels" else (1000, 1000)
 
         text = self.task.instruction
-        if self.task.example:
+        if self.task.sample_answer:
             text += FORMAT
         text = text.format(question=sample.question, width=frame[0], height=frame[1],
-                           example=self.task.example)
+                           example=self.task.sample_answer)
         turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
         prompt = self.tokenizer.apply_chat_template([turn], tokenize=False,
                                                     add_generation_prompt=True)
         slots = "<|image_pad|>" * (rows * columns // merge ** 2)
         ids = self.token_ids(prompt.replace("<|image_pad|>", slots))
         require(len(ids) <= (self.max_prompt_length or len(ids)), f"{sample.where}: a prompt of "
-                f"{len(ids)} tokens: --max_prompt_length {self.max_prompt_length} is too low")
+                f"{len(ids)} tokens: --max_prompt_length {self.max_prompt_length} is too low",
+                DataError)
         label = move_objects(sample.label, sample.frame, frame, round_to_int=True)
         return Example(sample, ids, inputs["pixel_values"], inputs["image_grid_thw"], label, frame)
 
@@ -364,8 +373,9 @@ class Processor:
 
     def score(self, completion: str, example: Example) -> dict[str, float]:
         """The reward components of a completion: see rewards.py."""
-        return rewards.score(completion, example.label, self.task.name, example.frame,
-                             self.task.thresholds, example.sample.choices)
+        return self.task.reward(completion, example.label, kind=self.task.kind,
+                                frame=example.frame, thresholds=self.task.thresholds,
+                                choices=example.sample.choices)
 
 def fetch(name: str) -> Path:
     """The folder of a checkpoint: a local path as it is, or a repository on the hub."""
@@ -375,5 +385,5 @@ def fetch(name: str) -> Path:
         from huggingface_hub import snapshot_download
         return Path(snapshot_download(str(name), ignore_patterns=["*.bin", "*.pt*", "*.py"]))
     except Exception as error:           # no such name, no network, a full disk
-        raise DataError(f"{name}: no such folder, nor on the Hugging Face hub "
+        raise UserError(f"{name}: no such folder, nor on the Hugging Face hub "
                         f"({error!r:.300}); give a name that exists") from None

@@ -29,7 +29,7 @@ import data
 import model
 import rewards
 
-def option(default, help: str, choices=None, low=0, high=math.inf):
+def flag(default, help: str, choices=None, low=0, high=math.inf):
     """A field of Settings, which is a flag; numbers must be from low to high."""
     words = {"help": help, "choices": choices, "low": low, "high": high}
     return field(default=default, metadata=words)
@@ -38,16 +38,16 @@ def option(default, help: str, choices=None, low=0, high=math.inf):
 class Settings:
     """Evaluate a checkpoint by its greedy answers."""
 
-    task: str = option("digits", "what is asked of the images", choices=tuple(data.TASKS))
-    model: str = option("", "checkpoint directory or hub id, if not the task's")
-    data: str = option("", "file, folder or hub id, if not the task's evaluation data")
-    split: str = option("test", "of the data", choices=("train", "validation", "test"))
-    limit: int = option(0, "only the first so many samples, 0: all")
-    eval_batch_size: int = option(32, "prompts answered at a time", low=1)
-    max_completion_length: int = option(512, "longest answer in tokens", low=1, high=32768)
-    image_size: int = option(0, "side of images in pixels, if not the task's", high=8192)
-    skip_bad_rows: bool = option(False, "leave out rows that cannot be used, and count them")
-    output_dir: str = option("", "of answers.json, if not runs/eval-TASK-MODEL")
+    task: str = flag("digits", "what is asked of the images", choices=tuple(data.TASKS))
+    model: str = flag("", "checkpoint directory or hub id, if not the task's")
+    data: str = flag("", "file, folder or hub id, if not the task's evaluation data")
+    split: str = flag("test", "of the data", choices=("train", "validation", "test"))
+    limit: int = flag(0, "only the first so many samples, 0: all")
+    eval_batch_size: int = flag(32, "prompts answered at a time", low=1)
+    max_completion_length: int = flag(512, "longest answer in tokens", low=1, high=32768)
+    image_size: int = flag(0, "side of images in pixels, if not the task's", high=8192)
+    skip_bad_rows: bool = flag(False, "leave out rows that cannot be used, and count them")
+    output_dir: str = flag("", "of answers.json, if not runs/eval-TASK-MODEL")
 
 def main(argv=None):
     """The command line."""
@@ -59,23 +59,25 @@ def run(settings: Settings):
     task = data.TASKS[settings.task]
     source = settings.model or task.model
     name = "-".join(["eval", task.name, *Path(source).absolute().parts[1:][-2:]])
-    answers = Path(settings.output_dir or f"runs/{name}") / "answers.json"
+    answers_path = Path(settings.output_dir or f"runs/{name}") / "answers.json"
     samples = data.load_samples(settings.data, task, settings.split, settings.limit,
                                 settings.skip_bad_rows)
     checkpoint = data.fetch(source)
     processor = data.Processor(checkpoint, task, settings.image_size)
     # Check before the work that the result can be written.
-    data.require(not answers.exists(), f"{answers} is there already: give another --output_dir")
-    on_first_rank(write_text, answers.with_name("eval.json"), json.dumps(asdict(settings)))
+    data.require(not answers_path.exists(),
+                 f"{answers_path} is there already: give another --output_dir")
+    on_first_rank(write_text, answers_path.with_name("eval.json"), json.dumps(asdict(settings)))
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     network = model.load_pretrained(checkpoint, dtype, device)
     results, bad_rows = evaluate(network, processor, samples, settings.max_completion_length,
                                  settings.eval_batch_size)
     content = {"settings": asdict(settings), "metrics": metrics(results, task), "answers": results}
-    on_first_rank(write_text, answers, json.dumps(content, indent=1))
+    on_first_rank(write_text, answers_path, json.dumps(content, indent=1))
     if is_first():
-        print(format_table(content["metrics"]), answers, f"bad rows: {len(bad_rows)}", sep="\n")
+        print(format_table(content["metrics"]), answers_path, f"bad rows: {len(bad_rows)}",
+              sep="\n")
     for problem in bad_rows:
         data.require(settings.skip_bad_rows, f"{problem}; others are answered; see --skip_bad_rows")
 
@@ -94,7 +96,7 @@ def evaluate(network, processor, samples, max_new_tokens=512, batch_size=32):
     """
     results = []
     bad_rows = []
-    shared = share(samples)
+    shared = my_share(samples)
     # To tqdm, None means a bar in terminals only.
     quiet = None if is_first() else True
     for first in tqdm(range(0, len(shared), batch_size), "evaluating", leave=False, disable=quiet):
@@ -116,7 +118,7 @@ def make_result(processor, example, completion) -> dict:
     """One answer, ready for JSON; only its reward is computed in the model's frame."""
     sample = example.sample
     text = processor.decode(completion.ids, completion.finished)
-    predicted = rewards.read_answer(text, processor.task.name)
+    predicted = rewards.read_answer(text, processor.task.kind)
     if predicted is not None:
         predicted = data.move_objects(predicted, example.frame, sample.size)
     return {
@@ -138,7 +140,7 @@ def metrics(results: list[dict], task: data.Task) -> dict:
     """
     columns = defaultdict(list)
     for result in results:
-        for name, value in measure(result).items():
+        for name, value in measure(result, task.kind).items():
             columns[name].append(value)
     means = {name: sum(values) / len(values) for name, values in columns.items()}
     if means.get("union"):
@@ -152,15 +154,14 @@ def metrics(results: list[dict], task: data.Task) -> dict:
     names = (*task.metrics, "well_formed", "thinking", "truncated", "length", "reward")
     return {name: means.get(name) for name in names} | {"samples": len(results)}
 
-def measure(result: dict) -> dict[str, float]:
+def measure(result: dict, kind: str = "objects") -> dict[str, float]:
     """The scores of one answer, as in the authors' evaluation; an unreadable one is wrong."""
     predicted = result["prediction"]
     label = result["label"]
     scores = {name: float(result[name]) for name in ("thinking", "truncated", "length")}
     scores["well_formed"] = float(predicted is not None)
     scores["reward"] = sum(result["reward"].values())
-    if "non_repeat" not in result["reward"]:
-        # Mathematics.
+    if kind == "math":
         return scores | {"accuracy": result["reward"]["accuracy"]}
     # Counting: an unreadable answer counts as 0, and is never exact.
     count, true_count = [int(answer) if isinstance(answer, str) else len(answer or [])
@@ -261,7 +262,7 @@ def run_program(program: str, function, *args):
         record(function)(*args)
         if dist.is_initialized():
             dist.destroy_process_group()
-    except (data.DataError, model.CheckpointError, OSError) as error:
+    except (data.UserError, model.CheckpointError, OSError) as error:
         speaks = is_first()
         if dist.is_initialized() and world()[1] > 1:
             # Of several ranks that fail, the first one speaks.
@@ -302,7 +303,7 @@ def is_first() -> bool:
     """Whether this is rank 0, which prints and writes for all."""
     return world()[0] == 0
 
-def share(items) -> list:
+def my_share(items) -> list:
     """This rank's part of what all ranks have: a stretch of it, about as long as the others'."""
     rank, size = world()
     return list(items[len(items) * rank // size : len(items) * (rank + 1) // size])

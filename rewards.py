@@ -33,9 +33,9 @@ class Thresholds:
     box_l1: float = 10.0         # mean difference of the four numbers
     point: float = 30.0
 
-def score(completion: str, label: list[dict] | str, task: str = "grounding", frame=(840, 840),
+def score(completion: str, label: list[dict] | str, kind: str = "objects", frame=(840, 840),
           thresholds=Thresholds(), choices=()) -> dict[str, float]:
-    """The reward of a completion by component: those above that its task has.
+    """The reward of a completion by component: those above that its kind of answer has.
 
     label: objects with "bbox_2d" and perhaps "point_2d", in coordinates that run to frame (width,
     height); or text, the number in counting, the answer in mathematics (perhaps one of `choices`).
@@ -45,9 +45,9 @@ def score(completion: str, label: list[dict] | str, task: str = "grounding", fra
     """
     # A cut bounds the time that regular expressions take.
     completion = completion[:30_000]
-    predicted = read_answer(completion, task)
+    predicted = read_answer(completion, kind)
     components = {"thinking": float(has_thinking(completion))}
-    if task == "math":
+    if kind == "math":
         right = predicted is not None and same_answer(predicted, label, choices)
         return components | {"format": float(predicted is not None), "accuracy": float(right)}
     components |= score_objects(predicted, label, frame, thresholds)
@@ -159,12 +159,12 @@ def split_completion(completion: str) -> tuple[str, str | None]:
     prose = completion[:len(before)] if opened else completion
     return prose, answer if opened and closed else None
 
-def read_answer(completion: str, task: str) -> list[dict] | str | None:
+def read_answer(completion: str, kind: str = "objects") -> list[dict] | str | None:
     """The answer as text, or as objects with their readable fields alone; None if malformed."""
     text = split_completion(completion)[1] or ""
-    if task == "math":
+    if kind == "math":
         return text.strip() or None
-    if task == "counting" and re.fullmatch(r"\s*[0-9]{1,4}\s*", text):
+    if kind == "count" and re.fullmatch(r"\s*[0-9]{1,4}\s*", text):
         return str(int(text))
     try:
         objects = json.loads(text, parse_int=float, parse_constant=int)

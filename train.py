@@ -40,39 +40,39 @@ import data
 import model
 import rewards
 import visurf
-from data import DataError, require
-from eval import (gather, is_first, on_first_rank, option, parse, run_program, share, start,
+from data import UserError, require
+from eval import (flag, gather, is_first, my_share, on_first_rank, parse, run_program, start,
                   write_text)
 
 @dataclass
 class Settings:
     """Post-train a Qwen-VL checkpoint. A task's recipe (data.TASKS) replaces some defaults."""
 
-    task: str = option("digits", "what to learn", choices=tuple(data.TASKS))
-    method: str = option("visurf", "rlvr: GRPO; sft: labels", choices=("visurf", "rlvr", "sft"))
-    model: str = option("", "checkpoint directory or hub id, if not the task's")
-    data: str = option("", "training data: file, folder or hub id, if not the task's")
-    output_dir: str = option("", "of checkpoints and logs, if not runs/TASK-METHOD")
-    resume: bool = option(False, "continue the run in output_dir from its last checkpoint")
-    seed: int = option(0, "decides the order of the data and every sampled token")
-    max_steps: int = option(500, "batches of prompts to train on", low=1)
-    batch_size: int = option(16, "prompts in a step", low=1)
-    micro_batch_size: int = option(1, "prompts, with their groups, in one forward pass", low=1)
-    num_generations: int = option(8, "rollouts of each prompt (G)", low=1, high=1024)
-    max_prompt_length: int = option(4096, "longest prompt in tokens; none is ever cut", low=1)
-    max_completion_length: int = option(512, "longest rollout in tokens", low=1, high=32768)
-    temperature: float = option(1.0, "of sampling and of log-probs", low=0.01)
-    learning_rate: float = option(1e-6, "of AdamW, constant")
-    align_label: bool = option(True, "control 1: write the label in the rollouts' style")
-    drop_thinking_reward: bool = option(True, "control 2: no thinking reward for the label")
-    smooth_label_reward: bool = option(True, "control 3: no advantage for a label that is matched")
-    image_size: int = option(0, "side of images in pixels, if not the task's", high=8192)
-    skip_bad_rows: bool = option(False, "leave out rows that cannot be used, and count them")
-    checkpoint_activations: bool = option(True, "compute activations twice to save memory")
-    cpu_offload: bool = option(False, "keep weights and optimizer off the GPU: much slower")
-    timeout: float = option(30, "minutes to wait for a rank that does not answer", low=0.01)
-    save_steps: int = option(100, "steps between checkpoints", low=1)
-    keep: int = option(1, "checkpoints to keep", low=1)
+    task: str = flag("digits", "what to learn", choices=tuple(data.TASKS))
+    method: str = flag("visurf", "rlvr: GRPO; sft: labels", choices=("visurf", "rlvr", "sft"))
+    model: str = flag("", "checkpoint directory or hub id, if not the task's")
+    data: str = flag("", "training data: file, folder or hub id, if not the task's")
+    output_dir: str = flag("", "of checkpoints and logs, if not runs/TASK-METHOD")
+    resume: bool = flag(False, "continue the run in output_dir from its last checkpoint")
+    seed: int = flag(0, "decides the order of the data and every sampled token")
+    max_steps: int = flag(500, "batches of prompts to train on", low=1)
+    batch_size: int = flag(16, "prompts in a step", low=1)
+    micro_batch_size: int = flag(1, "prompts, with their groups, in one forward pass", low=1)
+    num_generations: int = flag(8, "rollouts of each prompt (G)", low=1, high=1024)
+    max_prompt_length: int = flag(4096, "longest prompt in tokens; none is ever cut", low=1)
+    max_completion_length: int = flag(512, "longest rollout in tokens", low=1, high=32768)
+    temperature: float = flag(1.0, "of sampling and of log-probs", low=0.01)
+    learning_rate: float = flag(1e-6, "of AdamW, constant")
+    align_label: bool = flag(True, "control 1: write the label in the rollouts' style")
+    drop_thinking_reward: bool = flag(True, "control 2: no thinking reward for the label")
+    smooth_label_reward: bool = flag(True, "control 3: no advantage for a label that is matched")
+    image_size: int = flag(0, "side of images in pixels, if not the task's", high=8192)
+    skip_bad_rows: bool = flag(False, "leave out rows that cannot be used, and count them")
+    checkpoint_activations: bool = flag(True, "compute activations twice to save memory")
+    cpu_offload: bool = flag(False, "keep weights and optimizer off the GPU: much slower")
+    timeout: float = flag(30, "minutes to wait for a rank that does not answer", low=0.01)
+    save_steps: int = flag(100, "steps between checkpoints", low=1)
+    keep: int = flag(1, "checkpoints to keep", low=1)
 
 @dataclass
 class Run:
@@ -83,10 +83,10 @@ class Run:
     source: Path                       # the checkpoint it started from
     processor: data.Processor
     samples: list[data.Sample]
-    dummy: "Group"                     # computed by a rank that has no work left
+    filler: "Group"                     # computed by a rank that has no work left
     device: torch.device
     network: model.GroupPolicy         # sharded
-    twin: model.GroupPolicy            # borrows the network's whole weights, see `gathered`
+    sampler: model.GroupPolicy            # borrows the network's whole weights, see `gathered`
     optimizer: torch.optim.Optimizer
     votes: Counter = field(default_factory=Counter)      # label styles seen in rollouts so far
     step: int = 0                      # steps done
@@ -116,17 +116,17 @@ def train(settings: Settings):
     processor = data.Processor(source, task, settings.image_size, settings.max_prompt_length)
     # Settings that leave no usable prompt fail here, before the weights are read.
     blank = data.Sample("", "nothing", Image.new("RGB", (56, 56)), [], (56, 56), (56, 56))
-    dummy = Group(processor.encode(blank), ids=[processor.token_ids("[]")],
+    filler = Group(processor.encode(blank), ids=[processor.token_ids("[]")],
                   advantages=torch.zeros(1))
     directory = Path(settings.output_dir or f"runs/{settings.task}-{settings.method}")
     directory.mkdir(parents=True, exist_ok=True)
 
     with open(directory / ".lock", "w") as lock:
         on_first_rank(claim_directory, settings, directory, lock)
-        network, twin = load_network(settings, source, device)
+        network, sampler = load_network(settings, source, device)
         on_first_rank(write_text, directory / "config.json", json.dumps(asdict(settings), indent=2))
         optimizer = torch.optim.AdamW(network.parameters(), settings.learning_rate, fused=True)
-        run = Run(settings, directory, source, processor, samples, dummy, device, network, twin,
+        run = Run(settings, directory, source, processor, samples, filler, device, network, sampler,
                   optimizer)
         if settings.resume:
             resume(run)
@@ -157,7 +157,7 @@ def loop(run: Run):
             require(run.not_finite < 10, "10 updates in a row not finite: lower --learning_rate")
             if run.step % settings.save_steps == 0:
                 save(run)
-    except (SystemExit, DataError, model.CheckpointError, OSError):
+    except (SystemExit, UserError, model.CheckpointError, OSError):
         save(run)
         raise
     save(run)
@@ -229,19 +229,19 @@ def summarize(records: list[dict], settings: Settings) -> dict:
             columns["label_advantage"].append(record["advantages"][-1])
     return {name: np.mean(values) for name, values in columns.items()}
 
-def encode_share(run: Run, places: range) -> tuple[list[Group], int]:
-    """This rank's share of the prompts at `places`, as groups; and how many rows were bad."""
+def encode_share(run: Run, indices: range) -> tuple[list[Group], int]:
+    """This rank's share of the prompts at `indices`, as groups; and how many rows were bad."""
     groups = []
     bad_rows = []
-    for place in share(places):
+    for index in my_share(indices):
         # Each epoch has an order of its own.
-        epoch, index = divmod(place, len(run.samples))
+        epoch, place = divmod(index, len(run.samples))
         order = np.random.default_rng([run.settings.seed, epoch]).permutation(len(run.samples))
-        # The same on any rank. Hashed, because with seed + place, seed 1 would replay seed 0.
-        seed = np.random.SeedSequence([run.settings.seed, place]).generate_state(1)[0]
+        # The same on any rank. Hashed, because with seed + index, seed 1 would replay seed 0.
+        seed = np.random.SeedSequence([run.settings.seed, index]).generate_state(1)[0]
         try:
-            groups.append(Group(run.processor.encode(run.samples[order[index]]), int(seed)))
-        except DataError as error:
+            groups.append(Group(run.processor.encode(run.samples[order[place]]), int(seed)))
+        except data.DataError as error:
             bad_rows.append(str(error))
     bad_rows = gather(bad_rows)
     for problem in bad_rows:
@@ -266,7 +266,7 @@ def vote_for_style(run: Run, groups: list[Group]):
     styles = []
     for group in groups:
         for text in group.texts:
-            if rewards.read_answer(text, run.settings.task) is not None:
+            if rewards.read_answer(text, run.processor.task.kind) is not None:
                 styles.append(visurf.style_of(rewards.split_completion(text)[1]))
     run.votes.update(gather(styles))
     # Answers that several styles would write alike, such as [], say nothing.
@@ -307,14 +307,14 @@ def update(run: Run, groups: list[Group]) -> dict:
     # FSDP averages gradients over ranks, so each rank divides by its fair share of all tokens.
     total = sum(token_counts) / dist.get_world_size()
     # FSDP's exchanges need all ranks: one with fewer micro-batches computes dummies.
-    micro_batches += [[run.dummy]] * (max(rounds) - len(micro_batches))
+    micro_batches += [[run.filler]] * (max(rounds) - len(micro_batches))
     loss_sum = 0.0
     for micro_batch in micro_batches:
         examples = [group.example for group in micro_batch]
         prompts = model.PromptBatch.from_prompts(examples, run.network.config, run.device)
         ids, mask = model.pad_completions([group.ids for group in micro_batch])  # (b, N, T)
         A = torch.stack([group.advantages for group in micro_batch]).float()  # (b, N)
-        # Completions with zero advantage, a dummy's too, have no gradient and are left out.
+        # Completions with zero advantage, a filler's too, have no gradient and are left out.
         mask = (mask & (A[..., None] != 0)).to(run.device)
         A = A.to(run.device)
         logprobs = run.network(prompts, ids.to(run.device), mask, settings.temperature)
@@ -340,9 +340,9 @@ def update(run: Run, groups: list[Group]) -> dict:
     return {"loss": mean_loss, "grad_norm": norm, "not_finite": run.not_finite}
 
 def load_network(settings: Settings, source, device) -> tuple:
-    """The network, each of W ranks holding 1/W of it in float32; and its twin: see gathered."""
+    """The network, each of W ranks holding 1/W of it in float32; and its sampler: see gathered."""
     network = model.load_pretrained(source, dtype="auto")
-    twin = model.empty_network(network.config)
+    sampler = model.empty_network(network.config)
     # Weights, gradients and AdamW's moments take 16 bytes a parameter.
     needed = 16 * sum(weight.numel() for weight in network.parameters()) / dist.get_world_size()
     on_gpu = device.type == "cuda"
@@ -364,42 +364,42 @@ def load_network(settings: Settings, source, device) -> tuple:
         fsdp.fully_shard(module, mp_policy=policy, offload_policy=offload)
     # Only now, after sharding: whole float32 weights need not fit on a rank.
     network.float()
-    twin.stop_tokens = network.stop_tokens
-    twin.forbidden_tokens = network.forbidden_tokens
-    # Rotary tables are buffers, which FSDP leaves alone: network and twin share them.
+    sampler.stop_tokens = network.stop_tokens
+    sampler.forbidden_tokens = network.forbidden_tokens
+    # Rotary tables are buffers, which FSDP leaves alone: network and sampler share them.
     for name, buffer in network.named_buffers():
         owner, _, leaf = name.rpartition(".")
-        twin.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
+        sampler.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
     if settings.checkpoint_activations:
         # transformers recomputes activations in training mode alone.
         network.vlm.activation_checkpointing_enable({"use_reentrant": False})
         network.train()
-    return network, twin
+    return network, sampler
 
 @contextmanager
 def gathered(run: Run):
-    """The whole network on every rank, for sampling: a plain twin that borrows its weights."""
-    # Gathered once, here: while the twin decodes nothing is exchanged, so ranks need not keep step.
-    # The twin has none of FSDP's hooks: they record the order of blocks, by which it prefetches in
-    # backward, and a rank with fewer prompts would wait for the others forever.
+    """The whole network on every rank, for sampling: a plain sampler that borrows its weights."""
+    # Gathered once, here: while the sampler decodes nothing is exchanged, and no rank waits.
+    # The sampler has none of FSDP's hooks: they record the order of blocks, by which backward
+    # prefetches, and a rank with fewer prompts would wait for the others forever.
     units = [module for module in run.network.modules() if isinstance(module, fsdp.FSDPModule)]
     for unit in units:
         unit.unshard()
     weights = dict(run.network.named_parameters(remove_duplicate=False))
-    run.twin.load_state_dict(weights, assign=True)
+    run.sampler.load_state_dict(weights, assign=True)
     try:
-        yield run.twin
+        yield run.sampler
     finally:
         for unit in units:
             unit.reshard()
 
 def claim_directory(settings: Settings, directory: Path, lock):
-    """Lock the directory; DataError if another run is in it, or was in it and this is no resume."""
+    """Lock the directory; UserError if another run is in it, or was in it and this is no resume."""
     try:
         # Held until this process closes the file or ends, however it ends.
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise DataError(f"{directory}: another run is at work there") from None
+        raise UserError(f"{directory}: another run is at work there") from None
     config = directory / "config.json"
     require(settings.resume or not (config.exists() or own_checkpoints(directory)),
             f"{directory} holds another run: --resume continues it, or give another --output_dir")
@@ -429,7 +429,7 @@ def save(run: Run):
     try:
         with gathered(run) as network:
             # Weights that are not finite, or that overflow in the forward pass, show in one token.
-            [[probe]] = model.generate(network, [run.dummy.example], 1, 1)
+            [[probe]] = model.generate(network, [run.filler.example], 1, 1)
             require(probe.logprobs.isfinite(), f"step {run.step}: weights are not finite and not "
                     "saved: lower --learning_rate; --resume continues from the last checkpoint")
             on_first_rank(partial(shutil.rmtree, unfinished, ignore_errors=True))
@@ -446,7 +446,7 @@ def save(run: Run):
         os.sync()
         on_first_rank(os.rename, unfinished, final)
     except (OSError, dcp.CheckpointException, model.CheckpointError) as error:
-        raise DataError(f"{final}: not written ({str(error)[-300:]}); --resume continues from the "
+        raise UserError(f"{final}: not written ({str(error)[-300:]}); --resume continues from the "
                         "last checkpoint") from None
     for old in on_first_rank(own_checkpoints, run.directory)[: -run.settings.keep]:
         # Renamed first: a half-deleted one must not look complete.
@@ -471,7 +471,7 @@ def tensors(run: Run) -> dict[str, torch.Tensor]:
 def compute_digests(directory: Path) -> dict[str, str]:
     """SHA-256 of all tensor files by name; each rank reads its share of them."""
     digests = []
-    for path in share(sorted(directory.rglob("*.safetensors"))):
+    for path in my_share(sorted(directory.rglob("*.safetensors"))):
         with open(path, "rb") as file:
             digests.append((path.name, hashlib.file_digest(file, "sha256").hexdigest()))
     return dict(gather(digests))
@@ -496,7 +496,7 @@ def resume(run: Run):
                 file.truncate(state["log_sizes"].get(name, 0))
 
 def read_json(path: Path) -> dict:
-    """Read one JSON file of this run; DataError if it was damaged."""
+    """Read one JSON file of this run; UserError if it was damaged."""
     try:
         content = json.loads(path.read_text())
     except ValueError as error:

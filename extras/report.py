@@ -129,7 +129,7 @@ class Run:
 def read_run(directory: Path, name: str) -> Run:
     problems = []
     if not any((directory / file).exists() for file in ("config.json", "answers.json")):
-        raise data.DataError(f"{directory}: neither train.py nor eval.py has written here")
+        raise data.UserError(f"{directory}: neither train.py nor eval.py has written here")
     config = read_json(directory / "config.json", problems)
     evaluated = read_json(directory / "answers.json", problems)
     steps = [record for record in read_lines(directory / "metrics.jsonl", problems)
@@ -271,7 +271,7 @@ def curves(runs: list[Run]) -> str:
     try:
         import matplotlib
     except ImportError:
-        raise data.DataError("the curves need matplotlib: pip install matplotlib") from None
+        raise data.UserError("the curves need matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     figures, flat = "", []
     for name in names:
@@ -337,7 +337,7 @@ def answer_cards(run: Run) -> str:
     task = data.TASKS.get(run.settings.get("task"))
     if not run.answers or task is None:
         return ""
-    scores = [evaluation.measure(result) for result in run.answers]
+    scores = [evaluation.measure(result, task.kind) for result in run.answers]
     main = [name for name in (*task.metrics, "reward") if name in scores[0]]
     order = sorted(range(len(scores)),
                    key=lambda i: [scores[i].get(name, 0.0) for name in (main[0], "gIoU", "reward")])
@@ -358,7 +358,7 @@ def evaluated_samples(run: Run, task: data.Task) -> dict[str, data.Sample]:
     try:
         samples = data.load_samples(settings.get("data"), task, settings.get("split", "test"),
                                     skip_bad_rows=True)
-    except (data.DataError, OSError) as error:
+    except (data.UserError, OSError) as error:
         run.problems.append(f"no pictures of {run.name}'s answers: {error}")
         return {}
     return {sample.where: sample for sample in samples}

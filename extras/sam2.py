@@ -48,7 +48,7 @@ def score(settings):
         source, split = settings.data or content["settings"]["data"], content["settings"]["split"]
         results = content["answers"]
     except (ValueError, KeyError, TypeError):
-        raise data.DataError(f"{path}: not the answers.json of an evaluation") from None
+        raise data.UserError(f"{path}: not the answers.json of an evaluation") from None
     # file and row of each sample; the file may have moved since
     rows = {sample.where.rpartition(", row ")[2]: sample
             for sample in data.load_samples(source, task, split, skip_bad_rows=True)}
@@ -90,7 +90,7 @@ def mask_cell(sample: data.Sample):
 
 
 def read_mask(sample: data.Sample) -> np.ndarray:
-    """The labelled mask at the size in which it is stored; DataError if it cannot be read."""
+    """The labelled mask at the size in which it is stored; UserError if it cannot be read."""
     cell = mask_cell(sample)
     try:
         if isinstance(cell, list):
@@ -107,11 +107,11 @@ def read_mask(sample: data.Sample) -> np.ndarray:
         # JPEG's black is not quite black.
         return values > values.max() / 2
     except (ValueError, TypeError) as error:
-        raise data.DataError(f"{sample.where}: unreadable mask ({error})") from None
+        raise data.UserError(f"{sample.where}: unreadable mask ({error})") from None
 
 
 def load_sam(path, device="cpu"):
-    """transformers' Sam2Model from a local folder; DataError if it is none."""
+    """transformers' Sam2Model from a local folder; UserError if it is none."""
     from transformers import AutoConfig, Sam2Model
 
     try:
@@ -120,7 +120,7 @@ def load_sam(path, device="cpu"):
         sam, report = Sam2Model.from_pretrained(path, local_files_only=True,
                                                 output_loading_info=True)
     except Exception as error:           # a damaged file makes its readers raise nearly anything
-        raise data.DataError(f"{path}: not a SAM 2 checkpoint ({error}); give one with --masks, "
+        raise data.UserError(f"{path}: not a SAM 2 checkpoint ({error}); give one with --masks, "
                              "such as facebook/sam2-hiera-large") from None
     # transformers fills in random numbers
     missing = report["missing_keys"]

@@ -21,7 +21,7 @@ from PIL import Image
 import data
 import rewards
 import visurf
-from data import TASKS, DataError, Processor, Sample, load_samples, move_objects
+from data import TASKS, UserError, Processor, Sample, load_samples, move_objects
 
 SHARED = ROOT.parent / "shared" / "data"
 GROUNDING, MATH, DIGITS = (TASKS[name] for name in ("grounding", "math", "digits"))
@@ -137,8 +137,8 @@ def iou(a, b):
 
 
 def mistake(function, *args, **options):
-    """The message of the DataError that a call raises."""
-    with pytest.raises(DataError) as error:
+    """The message of the UserError that a call raises."""
+    with pytest.raises(UserError) as error:
         function(*args, **options)
     message = str(error.value)
     assert len(message) < 800
@@ -339,7 +339,7 @@ def test_every_tasks_prompt_holds_its_question_and_shows_a_readable_answer(load_
         assert text == "the {cat}"
         return
     assert "the {cat}" in text and "<think>" in text
-    assert rewards.read_answer(text[text.rindex("For example:"):], task.name)
+    assert rewards.read_answer(text[text.rindex("For example:"):], task.kind)
     if task.name != "math":
         assert "to 112 at the right" in text and "to 56 at the bottom" in text
 

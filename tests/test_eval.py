@@ -498,10 +498,10 @@ def test_a_tasks_recipe_holds_where_a_flag_is_not_given():
 class Flags:
     """Flags of every kind."""
 
-    task: str = evaluation.option("math", "a task", choices=("math", "gui"))
-    share: float = evaluation.option(0.5, "a share", low=0, high=1)
-    think: bool = evaluation.option(True, "on by default")
-    save: bool = evaluation.option(False, "off by default")
+    task: str = evaluation.flag("math", "a task", choices=("math", "gui"))
+    share: float = evaluation.flag(0.5, "a share", low=0, high=1)
+    think: bool = evaluation.flag(True, "on by default")
+    save: bool = evaluation.flag(False, "off by default")
 
 
 @pytest.mark.parametrize("flags, expected", [
@@ -529,7 +529,7 @@ def test_help_names_every_flag(capsys):
 
 
 @pytest.mark.parametrize("error, code", [
-    (data.DataError("no such row"), 2), (model.CheckpointError("no such tensor"), 2), (OSError(28, "disk full"), 2),
+    (data.UserError("no such row"), 2), (model.CheckpointError("no such tensor"), 2), (OSError(28, "disk full"), 2),
     (ValueError("our own bug"), None), (SystemExit(143), 143)])
 def test_mistakes_are_one_line_and_bugs_are_raised(error, code, capsys):
     def fail():
@@ -545,9 +545,9 @@ def test_mistakes_are_one_line_and_bugs_are_raised(error, code, capsys):
 def test_one_process_exchanges_nothing(monkeypatch):
     evaluation.start()
     monkeypatch.setattr(torch.distributed, "all_gather_object", lambda *_: pytest.fail("exchanged"))
-    assert evaluation.gather([1, 2]) == [1, 2] and evaluation.share("abc") == ["a", "b", "c"]
+    assert evaluation.gather([1, 2]) == [1, 2] and evaluation.my_share("abc") == ["a", "b", "c"]
     assert evaluation.on_first_rank(divmod, 7, 2) == (3, 1) and evaluation.is_first()
-    with pytest.raises(data.DataError, match="here"):
+    with pytest.raises(data.UserError, match="here"):
         evaluation.on_first_rank(data.require, False, "here")
 
 
@@ -563,12 +563,12 @@ def exchange() -> tuple:
     """Runs on every rank."""
     evaluation.start()
     rank, world = evaluation.world()
-    shares = evaluation.gather(evaluation.share("abcdefg"))
+    shares = evaluation.gather(evaluation.my_share("abcdefg"))
     uneven = evaluation.gather([rank] * rank)
     first = evaluation.on_first_rank(lambda: f"from {rank}")
     try:
         evaluation.on_first_rank(data.require, False, f"mistake of {rank}")
-    except data.DataError as error:
+    except data.UserError as error:
         return shares, uneven, first, str(error), evaluation.is_first() == (rank == 0)
 
 

@@ -159,7 +159,7 @@ def test_hostile_text_stays_text(tmp_path, monkeypatch):
 
     def source(words):
         name = words.replace("/", "").replace("\0", "").replace("\ud800", "")
-        directory = make_run(tmp_path / f"x{name}", model=words, answers=[
+        directory = make_run(tmp_path / f"x{name}", task="math", model=words, answers=[
             answer(FOUND, BOX, question=words, completion=words), answer(words, words, accuracy=3.0)])
         change(directory / "answers.json", metrics={"accuracy": 1.0, words: 0.5})
         with (directory / "metrics.jsonl").open("a") as log:
@@ -439,10 +439,10 @@ def test_half_a_sam_is_refused(sam_folder, tmp_path):
     shutil.copytree(sam_folder, tmp_path / "half")
     tensors = load_file(tmp_path / "half" / "model.safetensors")
     save_file(dict(list(tensors.items())[5:]), tmp_path / "half" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(data.DataError, match="5 tensors are missing"):
+    with pytest.raises(data.UserError, match="5 tensors are missing"):
         sam2.load_sam(tmp_path / "half")
     (tmp_path / "half" / "model.safetensors").write_bytes(b"half")
-    with pytest.raises(data.DataError, match="not a SAM 2 checkpoint"):
+    with pytest.raises(data.UserError, match="not a SAM 2 checkpoint"):
         sam2.load_sam(tmp_path / "half")
 
 
@@ -498,7 +498,7 @@ def test_masks_may_be_rows_of_numbers_or_images_in_files_lines_and_tables(tmp_pa
     for cell in ([[0, 1], [1]], "no.png", [1, 2]):
         (tmp_path / "rows.jsonl").write_text(json.dumps(row | {"mask": cell}))
         [sample] = data.load_samples(tmp_path / "rows.jsonl", data.TASKS["medical"])
-        with pytest.raises(data.DataError, match="rows.jsonl, row 1: unreadable mask"):
+        with pytest.raises(data.UserError, match="rows.jsonl, row 1: unreadable mask"):
             sam2.read_mask(sample)
 
 

@@ -107,8 +107,7 @@ def test_right_is_never_below_wrong():
     assert total(completion([FAR]), [DOG]) > total(completion([]), [DOG])
 
 
-def test_tasks_and_errors():
-    assert score(completion([DOG]), [DOG], task="digits") == score(completion([DOG]), [DOG], task="grounding")
+def test_a_label_of_other_columns_is_an_error():
     with pytest.raises(KeyError, match="bbox_2d"):
         score(completion([DOG]), [DOG, {"box": [1, 2, 3, 4]}])
 
@@ -354,7 +353,7 @@ POINTS = [{"point_2d": [100, 100]}, {"point_2d": [400, 400]}]
 ])
 def test_counting(said, label, expected):
     """(format, accuracy): a number or a list is an answer; a number alone earns little where objects can be shown."""
-    found = score(completion(said), label, task="counting")
+    found = score(completion(said), label, kind="count")
     assert (found["format"], found["accuracy"]) == expected
     assert found["thinking"] == found["non_repeat"] == 1 and list(found) == list(RANGES)
 
@@ -366,9 +365,9 @@ needs_math_verify = pytest.mark.skipif(find_spec("math_verify") is None, reason=
 @needs_math_verify
 def test_math_rewards_are_three_ones():
     good = "<think>half</think>\n<answer> \\frac{1}{2} </answer>"
-    assert score(good, "0.5", task="math") == {"thinking": 1, "format": 1, "accuracy": 1}
+    assert score(good, "0.5", kind="math") == {"thinking": 1, "format": 1, "accuracy": 1}
     long = "the longest side of the triangle, " * 10
-    assert score(f"<answer>{long}</answer>", long, task="math")["accuracy"] == 1
+    assert score(f"<answer>{long}</answer>", long, kind="math")["accuracy"] == 1
     for text, expected in ((good.replace("1}", "3}"), (1, 1, 0)), ("<answer>\\boxed{0.5}</answer>", (0, 1, 1)),
                            ("<think>a</think><answer>0.5</answer>", (1, 1, 1)), ("0.5", (0, 0, 0)),
                            ("<think><answer>0.5</answer></think>", (0, 0, 0)), ("<answer>0.5", (0, 0, 0)),
@@ -376,7 +375,7 @@ def test_math_rewards_are_three_ones():
                            ("<think>a</think><answer>\\boxed{0.5} \\boxed{7}</answer>", (1, 1, 0)),
                            ("<think>a</think><answer>\\boxed{}</answer>", (1, 1, 0)),
                            ("<think>a</think><answer> </answer>", (1, 0, 0))):
-        assert tuple(score(text, "0.5", task="math").values()) == expected, text
+        assert tuple(score(text, "0.5", kind="math").values()) == expected, text
     assert read_answer("<answer>\nso \\text{a {b}} c </answer>", "math") == r"so \text{a {b}} c"
 
 
@@ -516,9 +515,9 @@ def test_hostile_mathematics():
         for text in (unit * (190 // len(unit)), "1 " + unit * (180 // len(unit)), unit * (20_000 // len(unit)),
                      unit * (180 // len(unit)) + "!"):
             assert same_answer(text, "12") is False and same_answer("12", text) is False
-            score(f"<answer>{text}</answer>", "12", task="math")
-            score(f"<answer>\\boxed{{{text}}}</answer>", "12", task="math")
-            score(f"<answer>{text}</answer>", "12", task="counting")
+            score(f"<answer>{text}</answer>", "12", kind="math")
+            score(f"<answer>\\boxed{{{text}}}</answer>", "12", kind="math")
+            score(f"<answer>{text}</answer>", "12", kind="count")
 
 
 # ---- Hostile completions -----------------------------------------------------------------------------------------------------------

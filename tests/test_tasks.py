@@ -209,7 +209,7 @@ def test_the_prompt_asks_in_its_own_words_and_its_example_can_be_read(processor_
     if task != "digits":                                 # its network knows a hundred words
         assert "<think>" in text
         [example] = re.findall("<answer>[^ ].*</answer>", text)
-        found = rewards.read_answer(example, task)
+        found = rewards.read_answer(example, data.TASKS[task].kind)
         assert found == r"\frac{3}{4}" if task == "math" else found[0]["point_2d"] == [310, 352]
         assert task == "math" or "840 at the right" in text and "840 at the bottom" in text
 
@@ -224,7 +224,7 @@ def test_labels_survive_the_real_tokenizer(load, real_processor, task):
         for style in visurf.STYLES:
             text = visurf.align_label(example.label, style)
             assert processor.decode(processor.token_ids(text + data.END)) == text
-            assert rewards.read_answer(text, task) == example.label
+            assert rewards.read_answer(text, data.TASKS[task].kind) == example.label
         assert sample.question in processor.tokenizer.decode(example.ids)
 
 
