@@ -44,9 +44,11 @@ class Settings:
     split: str = flag("test", "of the data", choices=("train", "validation", "test"))
     limit: int = flag(0, "only the first so many samples, 0: all")
     eval_batch_size: int = flag(32, "prompts answered at a time", low=1)
-    max_completion_length: int = flag(512, "longest answer in tokens", low=1, high=32768)
+    max_completion_length: int = flag(512, "longest answer in tokens", low=1, high=8192)
     image_size: int = flag(0, "side of images in pixels, if not the task's", high=8192)
     skip_bad_rows: bool = flag(False, "leave out rows that cannot be used, and count them")
+    cuda_graph: bool = flag(True, "on a GPU, capture the decoding step: faster")
+    timeout: float = flag(30, "minutes to wait for a rank that does not answer", low=0.01)
     output_dir: str = flag("", "of answers.json, if not runs/eval-TASK-MODEL")
 
 def main(argv=None):
@@ -55,7 +57,7 @@ def main(argv=None):
 
 def run(settings: Settings):
     """Answer, measure, write answers.json and print the metrics."""
-    device = start()
+    device = start(settings.timeout)
     task = data.TASKS[settings.task]
     source = settings.model or task.model
     name = "-".join(["eval", task.name, *Path(source).absolute().parts[1:][-2:]])
@@ -72,7 +74,7 @@ def run(settings: Settings):
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     network = model.load_pretrained(checkpoint, dtype, device)
     results, bad_rows = evaluate(network, processor, samples, settings.max_completion_length,
-                                 settings.eval_batch_size)
+                                 settings.eval_batch_size, settings.cuda_graph)
     content = {"settings": asdict(settings), "metrics": metrics(results, task), "answers": results}
     on_first_rank(write_text, answers_path, json.dumps(content, indent=1))
     if is_first():
@@ -88,7 +90,7 @@ def write_text(path: Path, text: str):
     unfinished.write_text(text)
     os.replace(unfinished, path)
 
-def evaluate(network, processor, samples, max_new_tokens=512, batch_size=32):
+def evaluate(network, processor, samples, max_new_tokens=512, batch_size=32, cuda_graph=True):
     """Answer samples greedily: each rank its share, all results on all ranks, in samples' order.
 
     Also returns a line on each sample whose image or prompt cannot be used. Raises CheckpointError
@@ -106,7 +108,8 @@ def evaluate(network, processor, samples, max_new_tokens=512, batch_size=32):
                 examples.append(processor.encode(sample))
             except data.DataError as error:
                 bad_rows.append(str(error))
-        completions = model.generate(network, examples, 1, max_new_tokens, temperature=0)
+        completions = model.generate(network, examples, 1, max_new_tokens, temperature=0,
+                                     cuda_graph=cuda_graph)
         for example, [completion] in zip(examples, completions):
             results.append(make_result(processor, example, completion))
     results = gather(results)

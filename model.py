@@ -77,26 +77,27 @@ class GroupPolicy(nn.Module):
             raise ValueError("mask has tokens after padding: leave them out of the loss instead")
         B, N, T = completions.shape
         P = batch.ids.shape[1]
-        positions, next_position = self.positions(batch)
         # A token is predicted from the one before: token t is an input if there is a token t + 1.
-        is_input = mask[:, :, 1:]  # (B, N, T-1)
-        after_prompt = torch.arange(T - 1, device=mask.device) + next_position[:, None, None]
-        after_prompt = after_prompt.expand(B, N, -1)[is_input].expand(3, -1)  # 3 equal axes
-        hidden = self.hidden_states(batch, torch.cat([positions, after_prompt], dim=1),
-                                    GroupAttention(batch.lengths, P, is_input),
-                                    completions[:, :, :-1][is_input])
+        attend = GroupAttention(batch.lengths, P, mask[:, :, 1:])
+        b, n, t = attend.where
+        inputs = completions[b, n, t]  # (S - B*P,)
+        positions, next_position = self.positions(batch)
+        after_prompt = (next_position[b] + t).expand(3, -1)  # M-RoPE's axes are equal in text
+        hidden = self.hidden_states(batch, torch.cat([positions, after_prompt], dim=1), attend,
+                                    inputs)  # (S, D)
 
-        # Bring the states back to (B, N, T): the prompt's last token predicts the first token.
+        # The place of the state that predicts a token: the prompt's last, or the token before it.
         last = batch.lengths - 1 + P * torch.arange(B, device=mask.device)
-        states = hidden.new_zeros(B, N, T, hidden.shape[-1])
-        states[:, :, 0] = hidden[last][:, None]
-        states[:, :, 1:][is_input] = hidden[B * P :]
+        source = last[:, None, None].repeat(1, N, T)
+        source[b, n, t + 1] = torch.arange(B * P, len(hidden), device=mask.device)
 
         # Only the tokens that count go through the output head.
+        tokens = mask.nonzero(as_tuple=True)
+        states = hidden.index_select(0, source[tokens])  # (M, D)
         forbidden = torch.tensor(self.forbidden_tokens, dtype=torch.long, device=mask.device)
-        values = TokenLogProbs.apply(states[mask], self.vlm.lm_head.weight, completions[mask],
+        values = TokenLogProbs.apply(states, self.vlm.lm_head.weight, completions[tokens],
                                      temperature, forbidden)  # (M,)
-        return values.new_zeros(B, N, T).masked_scatter(mask, values)
+        return values.new_zeros(B, N, T).index_put(tokens, values)
 
     def hidden_states(self, batch, positions, attend, completion_ids=None) -> torch.Tensor:
         """Final hidden states (S, D) of the prompts and completions, at `positions` (3, S)."""
@@ -105,7 +106,10 @@ class GroupPolicy(nn.Module):
             ids = torch.cat([ids, completion_ids])
         images = {}
         if len(batch.grid_thw) > 0:
-            images = {"pixel_values": torch.cat(batch.pixels), "image_grid_thw": batch.grid_thw}
+            # Where images end, on the CPU: every vision block would wait for a GPU to tell it.
+            ends = batch.grid_thw.cpu().prod(dim=1).cumsum(dim=0, dtype=torch.int32)
+            images = {"pixel_values": torch.cat(batch.pixels), "image_grid_thw": batch.grid_thw,
+                      "image_cu_seqlens": F.pad(ends, (1, 0))}
         # transformers hands `attend` down to the attention function of every layer.
         output = self.vlm.model(input_ids=ids[None], position_ids=positions[:, None],
                                 use_cache=False, attend=attend, **images)
@@ -155,6 +159,9 @@ def group_attention(module, query, key, value, attention_mask, attend=None, **kw
 
 transformers.AttentionInterface.register("visurf", group_attention)
 ATTENTION = {"text_config": "visurf", "vision_config": "sdpa"}
+# torch 2.13 prefers cuDNN's kernel on new GPUs. It plans anew for every shape, which takes up to
+# 400 ms, and with a mask its gradient can be NaN (pytorch issue 196678).
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 class GroupAttention:
     """Causal attention inside each prompt; each completion sees its own prompt and its own past.
@@ -166,50 +173,62 @@ class GroupAttention:
     """
 
     def __init__(self, lengths, P: int, real=None, store=None):
+        self.lengths = lengths
         self.B = len(lengths)
         self.P = P
         self.store = store
-        self.real = None
-        if real is not None and real.any():
-            _, self.N, T = real.shape
-            self.real = real.flatten(0, 1)  # (B*N, T)
-            prompt = torch.arange(P, device=lengths.device) < lengths[:, None]  # (B, P)
-            causal = torch.ones(T, T, dtype=torch.bool, device=lengths.device).tril()
-            mask = torch.cat([prompt[:, None].expand(-1, T, -1), causal.expand(self.B, -1, -1)],
-                             dim=-1)  # (B, T, P+T) True = may be seen
-            self.mask = mask.repeat_interleave(self.N, dim=0)  # (B*N, T, P+T)
-            self.bias = None
+        self.bias = None
+        if real is None:
+            real = lengths.new_zeros(self.B, 1, 1, dtype=torch.bool)
+        _, self.N, self.T = real.shape
+        # Indices of the tokens. Found once, for this waits for a GPU; by mask, each layer would.
+        self.where = real.nonzero(as_tuple=True)
 
     def __call__(self, layer: int, q, k, v) -> torch.Tensor:
         """q (H, S, E), k and v (K, S, E) of all tokens -> their outputs (S, H, E)."""
-        prompt_q, prompt_k, prompt_v = (self.prompts(x) for x in (q, k, v))  # (B, heads, P, E)
+        prompt_q = self.prompts(q)  # (B, H, P, E)
+        prompt_k = self.prompts(k)
+        prompt_v = self.prompts(v)
         if self.store is not None:
             self.store(layer, prompt_k, prompt_v)
         output = F.scaled_dot_product_attention(prompt_q, prompt_k, prompt_v, is_causal=True,
                                                 enable_gqa=True)
         output = output.transpose(1, 2).flatten(0, 1)  # (B*P, H, E)
-        if self.real is None:
+        if len(self.where[0]) == 0:
             return output
-
-        own_q, own_k, own_v = (self.completions(x) for x in (q, k, v))  # (B*N, heads, T, E)
         # Keys and values are few and small, so each completion gets a copy of its prompt's:
         # autograd sums their gradients, and one fused call serves the whole group.
-        keys = torch.cat([prompt_k.repeat_interleave(self.N, dim=0), own_k], dim=2)
-        values = torch.cat([prompt_v.repeat_interleave(self.N, dim=0), own_v], dim=2)
-        # A boolean mask with enable_gqa has no fused kernel on CUDA. The g query heads that
-        # share a key head are therefore laid one after the other along the query axis.
-        rows, H, T, E = own_q.shape
+        keys = torch.cat([prompt_k.repeat_interleave(self.N, dim=0), self.completions(k)], dim=2)
+        values = torch.cat([prompt_v.repeat_interleave(self.N, dim=0), self.completions(v)], dim=2)
+        return torch.cat([output, self.attend(self.completions(q), keys, values)])
+
+    def attend(self, q, keys, values) -> torch.Tensor:
+        """Completions' q (B*N, H, T, E), keys and values (B*N, K, P+T, E) -> outputs (n, H, E)."""
+        rows, H, T, E = q.shape
         K = keys.shape[1]
-        own_q = own_q.reshape(rows, K, H // K * T, E)
+        g = H // K
         if self.bias is None:
-            # Additive, and shared by all layers: each would convert and keep a boolean mask
-            # itself. On CUDA, rows must begin at multiples of 8 numbers.
-            bias = torch.where(self.mask, 0.0, -torch.inf).to(q.dtype)
-            bias = F.pad(bias, (0, -bias.shape[-1] % 8)).repeat(1, H // K, 1)
-            self.bias = bias[:, None, :, : self.P + T]  # (B*N, 1, g*T, P+T)
-        own = F.scaled_dot_product_attention(own_q, keys, values, attn_mask=self.bias)
-        own = own.view(rows, H, T, E).transpose(1, 2)  # (B*N, T, H, E)
-        return torch.cat([output, own[self.real]])
+            self.bias = self.make_bias(g, q.dtype)
+        # A mask with enable_gqa has no fused kernel on CUDA. The g query heads that share a key
+        # head are therefore laid one after the other along the query axis.
+        output = F.scaled_dot_product_attention(q.reshape(rows, K, g * T, E), keys, values,
+                                                attn_mask=self.bias)
+        # Not view: the memory-efficient kernel of CUDA returns another layout than the CPU's.
+        output = output.reshape(self.B, self.N, H, T, E).transpose(2, 3)
+        return output[self.where]
+
+    def make_bias(self, g: int, dtype) -> torch.Tensor:
+        """(B*N, 1, g*T, P+T), shared by all layers: 0 on what a token may see, and else -inf."""
+        device = self.lengths.device
+        prompt = torch.arange(self.P, device=device) < self.lengths[:, None]  # (B, P)
+        causal = torch.ones(self.T, self.T, dtype=torch.bool, device=device).tril()
+        seen = torch.cat([prompt[:, None].expand(-1, self.T, -1),
+                          causal.expand(self.B, -1, -1)], dim=-1)  # (B, T, P+T)
+        bias = torch.where(seen, 0.0, -torch.inf).to(dtype)
+        # On CUDA, rows must begin at multiples of 8 numbers.
+        bias = F.pad(bias, (0, -bias.shape[-1] % 8)).repeat(1, g, 1)
+        bias = bias.repeat_interleave(self.N, dim=0)[:, None]
+        return bias[..., : self.P + self.T]
 
     def prompts(self, x) -> torch.Tensor:
         """The prompts' part of x (heads, S, E), as (B, heads, P, E)."""
@@ -218,8 +237,8 @@ class GroupAttention:
     def completions(self, x) -> torch.Tensor:
         """The completions' part of x (heads, S, E), padded: (B*N, heads, T, E)."""
         tokens = x[:, self.B * self.P :].transpose(0, 1)  # (n, heads, E)
-        padded = x.new_zeros(*self.real.shape, *tokens.shape[1:])
-        return padded.index_put((self.real,), tokens).transpose(1, 2)
+        padded = x.new_zeros(self.B, self.N, self.T, *tokens.shape[1:])
+        return padded.index_put(self.where, tokens).flatten(0, 1).transpose(1, 2)
 
 
 # ---- Log-probs without the logits of a whole batch in memory -----------------------------------
@@ -247,7 +266,8 @@ class TokenLogProbs(torch.autograd.Function):
     def backward(ctx, gradient):
         hidden, weight, targets, forbidden, totals = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight)
+        # In float32: a sum that is rounded to bfloat16 at each chunk is off by up to 1 %.
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         for start in range(0, len(hidden), CHUNK):
             part = slice(start, start + CHUNK)
             g = gradient[part, None] / ctx.temperature
@@ -256,8 +276,11 @@ class TokenLogProbs(torch.autograd.Function):
             softmax = logits.sub_(totals[part]).exp_()
             d_logits = softmax.mul_(-g).scatter_add_(1, targets[part, None], g).to(weight.dtype)
             grad_hidden[part] = d_logits @ weight
-            grad_weight.addmm_(d_logits.T, hidden[part])
-        return grad_hidden, grad_weight, None, None, None
+            if weight.dtype == torch.float32:
+                grad_weight.addmm_(d_logits.T, hidden[part])
+            else:
+                grad_weight += product(d_logits.T, hidden[part])
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
 
 def scaled_logits(hidden, weight, temperature, forbidden) -> torch.Tensor:
     """Logits (M, V) of the policy in float32; a forbidden token has probability 0."""
@@ -368,8 +391,10 @@ class Decoder:
         self.prompts = {}  # of each layer: keys (B*K, E, P) and values (B*K, P, E)
         self.rows = {}  # of each layer: keys and values (B, K, N, max_tokens, E)
         self.t = -1  # the slot that the current token fills
-        self.slot = torch.zeros(1, dtype=torch.long, device=device)  # t, where a graph can see it
-        self.used = 0  # how many slots attention reads
+        self.window = 0  # how many slots attention reads
+        # Tensors that a graph reads: they are changed in place.
+        self.slot = torch.zeros(1, dtype=torch.long, device=device)  # t
+        self.tokens = torch.zeros(self.B * N, dtype=torch.long, device=device)
         # To be added to scores: -inf on the padding of prompts and on slots that are still empty.
         place = torch.arange(self.P + max_tokens, device=device)
         mask = torch.where(place < self.batch.lengths[:, None], 0.0, -torch.inf)
@@ -394,33 +419,41 @@ class Decoder:
 
     def step(self, tokens) -> torch.Tensor:
         """Tokens (R,) -> hidden states (R, D), valid until the next step."""
-        before = self.used
         self.t += 1
         self.slot.fill_(self.t)
         self.mask[..., self.P + self.t] = 0
-        self.used = self.t + 1
+        self.tokens.copy_(tokens)
         if self.captures:
-            self.used = min(max(64, 1 << self.t.bit_length()), self.max_tokens)
-        if self.used == before:
-            self.tokens.copy_(tokens)
-            self.graph.replay()
-            hidden = self.hidden
+            hidden = self.replay()
         else:
-            # Drop an old graph before another is captured: they share cuBLAS's workspace.
-            self.graph = None
-            self.tokens = tokens.clone()
-            # Eager, which also warms up what a capture needs.
+            self.window = self.t + 1
             hidden = self.decode()
-            if self.captures:
-                self.graph = self.capture()
         self.position += 1
+        return hidden
+
+    def replay(self) -> torch.Tensor:
+        """`decode` as a graph, which is captured anew when its window is full."""
+        window = min(max(64, 1 << self.t.bit_length()), self.max_tokens)
+        if window == self.window:
+            self.graph.replay()
+            return self.hidden
+        self.window = window
+        # Drop an old graph before another is captured: they share cuBLAS's workspace.
+        self.graph = None
+        # Eager, which also warms up what a capture needs.
+        hidden = self.decode()
+        self.graph = self.capture()
         return hidden
 
     def capture(self):
         """Record `decode`, on the tensors that are in use now, as a graph; nothing is computed."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self.hidden = self.decode()
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self.hidden = self.decode()
+        except RuntimeError as error:
+            error.add_note("While capturing a CUDA graph; --no-cuda_graph goes on without.")
+            raise
         return graph
 
     def decode(self) -> torch.Tensor:
@@ -436,7 +469,7 @@ class Decoder:
 
     def attend(self, layer: int, q, k, v) -> torch.Tensor:
         """One token of each row: q (H, R, E), k and v (K, R, E) -> outputs (R, H, E)."""
-        B, N, K, P, used = self.B, self.N, self.K, self.P, self.used
+        B, N, K, P = self.B, self.N, self.K, self.P
         g = q.shape[0] // K
         E = q.shape[2]
         keys, values = self.rows[layer]
@@ -447,12 +480,13 @@ class Decoder:
         # (K, g, B, N, E) -> (B, K, N, g, E): the queries of a prompt's rows stand together.
         q = (q * E**-0.5).view(K, g, B, N, E).permute(2, 0, 3, 1, 4).reshape(B * K, N * g, E)
         on_prompt = product(q, prompt_k)  # (B*K, N*g, P)
-        on_own = product(q.view(-1, g, E), keys.flatten(0, 2)[:, :used].mT)  # (B*K*N, g, used)
-        scores = torch.cat([on_prompt, on_own.view(B * K, N * g, used)], dim=-1)
-        weights = (scores + self.mask[..., : P + used]).softmax(dim=-1).to(q.dtype)
+        on_own = product(q.view(-1, g, E), keys.flatten(0, 2)[:, :self.window].mT)
+        on_own = on_own.view(B * K, N * g, self.window)
+        scores = torch.cat([on_prompt, on_own], dim=-1)
+        weights = (scores + self.mask[..., : P + self.window]).softmax(dim=-1).to(q.dtype)
         output = torch.bmm(weights[..., :P], prompt_v)  # (B*K, N*g, E)
-        own_weights = weights[..., P:].view(-1, g, used)
-        own_values = values.flatten(0, 2)[:, :used]
+        own_weights = weights[..., P:].view(-1, g, self.window)
+        own_values = values.flatten(0, 2)[:, :self.window]
         output = torch.baddbmm(output.view(-1, g, E), own_weights, own_values)  # (B*K*N, g, E)
         return output.view(B, K, N, g, E).transpose(1, 2).reshape(B * N, K * g, E)
 

@@ -60,7 +60,8 @@ class Settings:
     micro_batch_size: int = flag(1, "prompts, with their groups, in one forward pass", low=1)
     num_generations: int = flag(8, "rollouts of each prompt (G)", low=1, high=1024)
     max_prompt_length: int = flag(4096, "longest prompt in tokens; none is ever cut", low=1)
-    max_completion_length: int = flag(512, "longest rollout in tokens", low=1, high=32768)
+    max_completion_length: int = flag(512, "longest rollout in tokens; an update's memory grows "
+                                      "with its square", low=1, high=8192)
     temperature: float = flag(1.0, "of sampling and of log-probs", low=0.01)
     learning_rate: float = flag(1e-6, "of AdamW, constant")
     align_label: bool = flag(True, "control 1: write the label in the rollouts' style")
@@ -70,6 +71,7 @@ class Settings:
     skip_bad_rows: bool = flag(False, "leave out rows that cannot be used, and count them")
     checkpoint_activations: bool = flag(True, "compute activations twice to save memory")
     cpu_offload: bool = flag(False, "keep weights and optimizer off the GPU: much slower")
+    cuda_graph: bool = flag(True, "on a GPU, capture the decoding step: faster")
     timeout: float = flag(30, "minutes to wait for a rank that does not answer", low=0.01)
     save_steps: int = flag(100, "steps between checkpoints", low=1)
     keep: int = flag(1, "checkpoints to keep", low=1)
@@ -254,7 +256,8 @@ def sample(run: Run, groups: list[Group], num_generations: int, temperature: flo
     seeds = [group.seed for group in groups]
     with gathered(run) as network:
         rollouts = model.generate(network, prompts, num_generations,
-                                  run.settings.max_completion_length, temperature, seeds)
+                                  run.settings.max_completion_length, temperature, seeds,
+                                  run.settings.cuda_graph)
     for group, completions in zip(groups, rollouts):
         for completion in completions:
             group.ids.append(completion.ids)
@@ -343,13 +346,20 @@ def load_network(settings: Settings, source, device) -> tuple:
     """The network, each of W ranks holding 1/W of it in float32; and its sampler: see gathered."""
     network = model.load_pretrained(source, dtype="auto")
     sampler = model.empty_network(network.config)
-    # Weights, gradients and AdamW's moments take 16 bytes a parameter.
-    needed = 16 * sum(weight.numel() for weight in network.parameters()) / dist.get_world_size()
     on_gpu = device.type == "cuda"
-    if on_gpu and not settings.cpu_offload:
+    if on_gpu:
+        # While sampling, the whole network in bfloat16. Always, a share of the 16 bytes that a
+        # weight takes with its gradient and AdamW's moments in float32.
+        bytes_each = 2
+        if not settings.cpu_offload:
+            bytes_each += 16 / dist.get_world_size()
+        needed = bytes_each * sum(weight.numel() for weight in network.parameters())
         available = torch.cuda.get_device_properties(device).total_memory
         require(needed <= available, f"this --model needs {needed / 1e9:.0f} of "
                 f"{available / 1e9:.0f} GB before any activation: use more GPUs or --cpu_offload")
+        if settings.cpu_offload:
+            # torchrun gives a process one thread, with which AdamW alone takes seconds a step.
+            torch.set_num_threads(os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
     compute = torch.bfloat16 if on_gpu else torch.float32
     # Inputs are not cast: positions and rotary tables stay in float32.

@@ -294,7 +294,7 @@ def speak(monkeypatch, processor, say, finished=True, logprob=-1.0):
     """Let the network answer with the text say(example); returns the list of the batches it was asked."""
     batches = []
 
-    def generate(network, examples, num_generations, max_new_tokens, temperature):
+    def generate(network, examples, num_generations, max_new_tokens, temperature, cuda_graph=True):
         assert num_generations == 1 and temperature == 0
         batches.append(examples)
         tokens = [processor.token_ids(say(example) + "<|im_end|>" * finished) for example in examples]
@@ -415,7 +415,7 @@ def mistake(capsys, arguments) -> str:
     (["--model", "."], "checkpoint"),
     (["--eval_batch_size", "0"], "--eval_batch_size must be from 1 to"), (["--limit", "-1"], "--limit"),
     (["--image_size", "x"], "--image_size"),
-    (["--max_completion_length", "999999999"], "1 to 32768"),
+    (["--max_completion_length", "999999999"], "1 to 8192"),
     (["--unknown"], "--unknown"), (["--over"], "--over"),
     (["--output_dir", "rows.jsonl/x"], "rows.jsonl"),
     (["--output_dir", "rows.jsonl"], "rows.jsonl"),

@@ -349,7 +349,7 @@ def test_sft_writes_labels_as_the_network_answers(tmp_path, monkeypatch):
     greedy = []
     generate = model.generate
 
-    def generate_indented(network, examples, N, length, temperature=1.0, seeds=None):
+    def generate_indented(network, examples, N, length, temperature=1.0, seeds=None, cuda_graph=True):
         greedy.append((N, temperature, len(examples)))
         completions = generate(network, examples, N, length, temperature, seeds)
         answer = visurf.align_label([{"bbox_2d": [1, 2, 3, 4]}], "indented")
