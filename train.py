@@ -290,10 +290,8 @@ def compute_advantages(settings: Settings, group: Group) -> torch.Tensor:
     rollouts = torch.tensor(rollouts, dtype=torch.float64)  # (G,)
     if settings.method == "rlvr":
         return visurf.group_advantages(rollouts)
-    label = visurf.label_reward(group.rewards[-1], not settings.drop_thinking_reward)  # control 2
-    if settings.smooth_label_reward:
-        label = visurf.smooth_label_reward(rollouts, label)  # control 3
-    return visurf.group_advantages(visurf.inject_label(rollouts, label))
+    return visurf.visurf_advantages(rollouts, group.rewards[-1], settings.drop_thinking_reward,
+                                    settings.smooth_label_reward)
 
 def update(run: Run, groups: list[Group]) -> dict:
     """One optimizer step on the groups of all ranks; the loss is a mean over all their tokens."""

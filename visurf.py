@@ -7,10 +7,10 @@ For a prompt x (an image and a question) with the label y:
     2. Control the label's reward; each control has a switch of its own:
          control 1  write y in the style of most rollouts so far     style_of, align_label
          control 2  give y no reward for thinking                    label_reward
-         control 3  give y the rollouts' mean if one is as good      smooth_label_reward
-    3. Inject y into the group {o_1 .. o_G, y} of N = G + 1 members  inject_label
-    4. Advantages  A_m = (r_m - mean) / (std + eps)                  group_advantages  (Eq. 6-7)
-    5. Maximise the token mean of min(rho A_m, clip(rho) A_m)        policy_loss       (Eq. 8)
+         control 3  give y the rollouts' mean if one is as good      smooth_if_matched
+    3. Inject y into the group {o_1 .. o_G, y} of N = G + 1 members  visurf_advantages, which
+    4. Advantages  A_m = (r_m - mean) / (std + eps)                  does 2 to 4  (Eq. 6-7)
+    5. Maximise the token mean of min(rho A_m, clip(rho) A_m)        policy_loss  (Eq. 8)
 
 With one update per sampling, the importance ratio rho is 1, and the gradient, per token, is
     1/N [ sum_i A_i grad log pi(o_i|x)  +  A_y grad log pi(y|x) ]                      (Eq. 9)
@@ -24,6 +24,7 @@ from functools import partial
 
 import torch
 
+# ---- Control 1: the label's style ------------------------------------------------------------------
 def write_tight_lists(answer: list[dict]) -> str:
     """json.dumps without the space between two numbers."""
     return re.sub(r"(?<=\d), (?=-?\d)", ",", json.dumps(answer))
@@ -53,13 +54,33 @@ def style_of(answer_text: str) -> str | None:
     return matching[0] if len(matching) == 1 else None
 
 def preferred_style(votes: Counter) -> str:
-    """The style with most votes; of several, or without any vote, the first in STYLES."""
+    """The style with most votes; where several have as many, the first of them in STYLES."""
     return max(STYLES, key=lambda name: votes[name])
 
 def align_label(answer: list[dict] | str, style: str) -> str:
     """The label's completion, `<answer>...</answer>`; an answer that is text stays as it is."""
     text = answer if isinstance(answer, str) else STYLES[style](answer)
     return f"<answer>{text}</answer>"
+
+# ---- Steps 2 to 4: rewards of a group, and its advantages -----------------------------------------
+def visurf_advantages(rollout_rewards, label_components: dict, drop_thinking_reward: bool = True,
+                      smooth_label_reward: bool = True) -> torch.Tensor:
+    """Advantages (..., N) of G rollouts with rewards (..., G), and of their label, the last.
+
+    label_components: the label's reward by component, each a number or (...). The two flags switch
+    controls 2 and 3; control 1 is in the text that was scored.
+
+    >>> visurf_advantages(torch.zeros(8), {"format": 1.0, "accuracy": 3.0})
+    tensor([-0.3333, -0.3333, -0.3333, -0.3333, -0.3333, -0.3333, -0.3333, -0.3333,
+             2.6667])
+    """
+    r_label = label_reward(label_components, credit_thinking=not drop_thinking_reward)
+    r_label = r_label.to(rollout_rewards)               # 2.1 in float32 is below 2.1 in float64
+    if smooth_label_reward:
+        r_label = smooth_if_matched(r_label, rollout_rewards)
+    r_label = r_label.expand(rollout_rewards.shape[:-1])
+    rewards = torch.cat([rollout_rewards, r_label[..., None]], dim=-1)      # (..., N)
+    return group_advantages(rewards)
 
 def label_reward(components: dict, credit_thinking: bool = False) -> torch.Tensor:
     """Reward control 2: the sum of the label's reward components without that for thinking.
@@ -78,22 +99,17 @@ def label_reward(components: dict, credit_thinking: bool = False) -> torch.Tenso
         reward = reward + torch.as_tensor(value, dtype=torch.float64)
     return reward
 
-def smooth_label_reward(rollout_rewards, r_label) -> torch.Tensor:
+def smooth_if_matched(r_label, rollout_rewards) -> torch.Tensor:
     """Reward control 3: where a rollout is as good as the label, the label gets the rollouts' mean.
 
-    rollout_rewards (..., G), r_label (...) -> (...).
+    r_label (...), rollout_rewards (..., G) -> (...).
 
-    >>> smooth_label_reward(torch.tensor([3.0, 0.0, 0.0, 3.0]), torch.tensor(3.0))
+    >>> smooth_if_matched(torch.tensor(3.0), torch.tensor([3.0, 0.0, 0.0, 3.0]))
     tensor(1.5000)
     """
-    r_label = r_label.to(rollout_rewards)               # 2.1 in float32 is below 2.1 in float64
     # With the rollouts' mean, the label has zero advantage: only the rollouts teach.
-    solved = rollout_rewards.amax(dim=-1) >= r_label                        # (...)
-    return torch.where(solved, rollout_rewards.mean(dim=-1), r_label)
-
-def inject_label(rollout_rewards, r_label) -> torch.Tensor:
-    """Rewards of the whole group: (..., G) and the label's (...) -> (..., N), the label last."""
-    return torch.cat([rollout_rewards, r_label[..., None]], dim=-1)
+    matched = rollout_rewards.amax(dim=-1) >= r_label                       # (...)
+    return torch.where(matched, rollout_rewards.mean(dim=-1), r_label)
 
 def group_advantages(rewards, eps: float = 1e-6) -> torch.Tensor:
     """A_m = (r_m - mean) / (std + eps) within each group: (..., N) -> (..., N)   (Eq. 6-7).
@@ -111,6 +127,7 @@ def group_advantages(rewards, eps: float = 1e-6) -> torch.Tensor:
     centred = torch.where(centred.abs() <= rounding, 0.0, centred)
     return centred / (rewards.std(dim=-1, keepdim=True) + eps)
 
+# ---- Step 5: losses --------------------------------------------------------------------------------
 def policy_loss(logprobs, old_logprobs, advantages, mask, epsilon: float = 0.2, total=None):
     """The negated objective: the mean of min(rho A, clip(rho) A), without reference KL (Eq. 8).
 

@@ -382,8 +382,7 @@ def bench_step(sizes, rounds: int, G: int = 8, T: int = 64):
     prompts = make_prompts(4, 840)
     labels = random_completions(4, T)
     rewards = torch.rand(4, G, generator=torch.Generator().manual_seed(0))
-    label = visurf.smooth_label_reward(rewards, torch.ones(4))  # (4,)
-    advantages = visurf.group_advantages(visurf.inject_label(rewards, label))  # (4, G+1)
+    advantages = visurf.visurf_advantages(rewards, {"accuracy": torch.ones(4)})  # (4, G+1)
     optimizers = {side: torch.optim.AdamW(side.parameters(), 1e-6) for side in (theirs, ours)}
 
     def finish(side):

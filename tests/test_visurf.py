@@ -15,17 +15,9 @@ import torch
 from conftest import ROOT
 
 import visurf
-from visurf import STYLES, align_label, preferred_style, style_of
+from visurf import STYLES, align_label, preferred_style, style_of, visurf_advantages
 
 TWO = [{"bbox_2d": [1, 2, 30, 44], "point_2d": [5, -6]}, {"bbox_2d": [7, 8, 90, 100], "point_2d": [11, 12]}]
-
-
-def visurf_advantages(rollout_rewards, components, credit_thinking=False, smooth=True):
-    """Controls 2 and 3 and the advantages, as train.py calls them one by one."""
-    label = visurf.label_reward(components, credit_thinking).to(rollout_rewards)
-    if smooth:
-        label = visurf.smooth_label_reward(rollout_rewards, label)
-    return visurf.group_advantages(visurf.inject_label(rollout_rewards, label))
 
 
 def test_docstring_examples():
@@ -116,7 +108,7 @@ def test_worked_numbers():
     assert advantages[-1].item() == pytest.approx(8 / 3, abs=1e-5)
     assert advantages[:-1].tolist() == pytest.approx([-1 / 3] * 8, abs=1e-5)
     rewards = torch.tensor([3.0, 0.0, 0.0, 3.0], dtype=torch.float64)
-    assert visurf.smooth_label_reward(rewards, torch.tensor(3.0, dtype=torch.float64)).item() == 1.5
+    assert visurf.smooth_if_matched(torch.tensor(3.0, dtype=torch.float64), rewards).item() == 1.5
     assert visurf_advantages(rewards, {"accuracy": 3.0})[-1].item() == 0
     for rewards, expected in (([3.0, 0.0, 1.0, 0.0], [0.554, -0.830, -0.369, -0.830, 1.476]),
                               ([3.0, 5.0, 1.0, 0.0], [0.391, 1.432, -0.651, -1.172, 0.0])):
@@ -134,11 +126,11 @@ def test_each_control_changes_what_it_should_and_nothing_else():
     def call(**switches):
         return visurf_advantages(rollouts, label, **switches)
 
-    assert torch.equal(call(credit_thinking=True, smooth=False), plain(4.0, 4.0))
-    assert torch.equal(call(credit_thinking=False, smooth=False), plain(3.0, 3.0))
-    assert torch.equal(call(credit_thinking=True, smooth=True), plain(7 / 3, 4.0))       # 4 >= 4: smoothed
-    assert torch.equal(call(credit_thinking=False, smooth=True), plain(7 / 3, 3.0))
-    assert torch.equal(call(), call(credit_thinking=False, smooth=True))
+    assert torch.equal(call(drop_thinking_reward=False, smooth_label_reward=False), plain(4.0, 4.0))
+    assert torch.equal(call(drop_thinking_reward=True, smooth_label_reward=False), plain(3.0, 3.0))
+    assert torch.equal(call(drop_thinking_reward=False, smooth_label_reward=True), plain(7 / 3, 4.0))       # 4 >= 4: smoothed
+    assert torch.equal(call(drop_thinking_reward=True, smooth_label_reward=True), plain(7 / 3, 3.0))
+    assert torch.equal(call(), call(drop_thinking_reward=True, smooth_label_reward=True))
     assert call()[0, -1] == 0 and call()[1, -1] > 1
 
 
@@ -177,8 +169,8 @@ def test_a_smoothed_label_has_the_advantage_zero_exactly_and_others_do_not(dtype
 
 def test_inputs_are_left_alone():
     rewards, label, components = torch.tensor([1.0, 2.0]), torch.tensor(0.5), {"thinking": torch.tensor(1.0)}
-    visurf.smooth_label_reward(rewards, label)
-    visurf.group_advantages(visurf.inject_label(rewards, label))
+    visurf.smooth_if_matched(label, rewards)
+    visurf_advantages(rewards, components, drop_thinking_reward=False)
     visurf.label_reward(components, credit_thinking=True)
     assert rewards.tolist() == [1.0, 2.0] and label.item() == 0.5 and components["thinking"].item() == 1.0
 
