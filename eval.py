@@ -12,11 +12,15 @@ import argparse
 import json
 import math
 import os
+import re
+import signal
 import sys
 import time
 from collections import defaultdict
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
+from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
 
 import numpy as np
@@ -29,27 +33,27 @@ import data
 import model
 import rewards
 
-def flag(default, help: str, choices=None, low=0, high=math.inf):
+def flag(default, help: str, low=0, high=math.inf, choices=None):
     """A field of Settings, which is a flag; numbers must be from low to high."""
-    words = {"help": help, "choices": choices, "low": low, "high": high}
+    words = {"help": help, "low": low, "high": high, "choices": choices}
     return field(default=default, metadata=words)
 
 @dataclass
 class Settings:
-    """Evaluate a checkpoint by its greedy answers."""
+    """Evaluate a checkpoint by its greedy answers. The task decides some defaults."""
 
     task: str = flag("digits", "what is asked of the images", choices=tuple(data.TASKS))
-    model: str = flag("", "checkpoint directory or hub id, if not the task's")
-    data: str = flag("", "file, folder or hub id, if not the task's evaluation data")
+    model: str = flag("", "checkpoint directory or hub id")
+    data: str = flag("", "evaluation data: file, folder or hub id")
     split: str = flag("test", "of the data", choices=("train", "validation", "test"))
     limit: int = flag(0, "only the first so many samples, 0: all")
-    eval_batch_size: int = flag(32, "prompts answered at a time", low=1)
+    eval_batch_size: int = flag(32, "prompts answered at a time", low=1, high=4096)
     max_completion_length: int = flag(512, "longest answer in tokens", low=1, high=8192)
-    image_size: int = flag(0, "side of images in pixels, if not the task's", high=8192)
+    image_size: int = flag(0, "side of images in pixels", low=1, high=8192)
     skip_bad_rows: bool = flag(False, "leave out rows that cannot be used, and count them")
     cuda_graph: bool = flag(True, "on a GPU, capture the decoding step: faster")
-    timeout: float = flag(30, "minutes to wait for a rank that does not answer", low=0.01)
-    output_dir: str = flag("", "of answers.json, if not runs/eval-TASK-MODEL")
+    timeout: float = flag(30, "minutes to wait for a rank that does not answer", low=0.01, high=1e4)
+    output_dir: str = flag("", "of answers.json, by default runs/eval-TASK-MODEL")
 
 def main(argv=None):
     """The command line."""
@@ -59,42 +63,34 @@ def run(settings: Settings):
     """Answer, measure, write answers.json and print the metrics."""
     device = start(settings.timeout)
     task = data.TASKS[settings.task]
-    source = settings.model or task.model
-    name = "-".join(["eval", task.name, *Path(source).absolute().parts[1:][-2:]])
-    answers_path = Path(settings.output_dir or f"runs/{name}") / "answers.json"
     samples = data.load_samples(settings.data, task, settings.split, settings.limit,
                                 settings.skip_bad_rows)
-    checkpoint = data.fetch(source)
+    checkpoint = data.fetch(settings.model)
     processor = data.Processor(checkpoint, task, settings.image_size)
-    # Check before the work that the result can be written.
-    data.require(not answers_path.exists(),
-                 f"{answers_path} is there already: give another --output_dir")
-    on_first_rank(write_text, answers_path.with_name("eval.json"), json.dumps(asdict(settings)))
-
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    network = model.load_pretrained(checkpoint, dtype, device)
-    results, bad_rows = evaluate(network, processor, samples, settings.max_completion_length,
-                                 settings.eval_batch_size, settings.cuda_graph)
-    content = {"settings": asdict(settings), "metrics": metrics(results, task), "answers": results}
-    on_first_rank(write_text, answers_path, json.dumps(content, indent=1))
+    name = "-".join(["eval", task.name, *Path(settings.model).absolute().parts[1:][-2:]])
+    directory = Path(settings.output_dir or f"runs/{name}")
+    with claimed(directory):
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        network = model.load_pretrained(checkpoint, dtype, device)
+        note_signals()
+        results, bad_rows = evaluate(network, processor, samples, settings.max_completion_length,
+                                     settings.eval_batch_size, settings.cuda_graph)
+        means = metrics(results, task)
+        content = {"settings": asdict(settings), "metrics": means, "answers": results}
+        on_first_rank(write_text, directory / "answers.json", json.dumps(content, indent=1))
     if is_first():
-        print(format_table(content["metrics"]), answers_path, f"bad rows: {len(bad_rows)}",
-              sep="\n")
+        print(format_table(means))
+        print(directory / "answers.json")
+        print(f"bad rows: {len(bad_rows)}")
+    leave_if_asked("eval.py", f"{len(results)} of {len(samples)} samples are answered")
     for problem in bad_rows:
         data.require(settings.skip_bad_rows, f"{problem}; others are answered; see --skip_bad_rows")
-
-def write_text(path: Path, text: str):
-    """Write a file that is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)
 
 def evaluate(network, processor, samples, max_new_tokens=512, batch_size=32, cuda_graph=True):
     """Answer samples greedily: each rank its share, all results on all ranks, in samples' order.
 
-    Also returns a line on each sample whose image or prompt cannot be used. Raises CheckpointError
-    if a log-prob is not finite, for the answers would mean nothing.
+    Also returns a line on each sample whose image or prompt cannot be used. A signal to stop ends
+    it early. Raises CheckpointError if a log-prob is not finite: the answers would mean nothing.
     """
     results = []
     bad_rows = []
@@ -102,6 +98,8 @@ def evaluate(network, processor, samples, max_new_tokens=512, batch_size=32, cud
     # To tqdm, None means a bar in terminals only.
     quiet = None if is_first() else True
     for first in tqdm(range(0, len(shared), batch_size), "evaluating", leave=False, disable=quiet):
+        if received_signals:
+            break
         examples = []
         for sample in shared[first : first + batch_size]:
             try:
@@ -121,25 +119,31 @@ def make_result(processor, example, completion) -> dict:
     """One answer, ready for JSON; only its reward is computed in the model's frame."""
     sample = example.sample
     text = processor.decode(completion.ids, completion.finished)
+    # None: no well-formed answer was given.
     predicted = rewards.read_answer(text, processor.task.kind)
     if predicted is not None:
         predicted = data.move_objects(predicted, example.frame, sample.size)
     return {
-        "id": sample.id, "where": sample.where, "question": sample.question, "completion": text,
-        # None: no well-formed answer was given.
+        "id": sample.id,
+        "where": sample.where,
+        "question": sample.question,
+        "completion": text,
         "prediction": predicted,
         "label": data.move_objects(sample.label, sample.frame, sample.size),
-        "size": list(sample.size), "length": len(completion.ids),
-        "logprob": completion.logprobs.sum().item(), "truncated": not completion.finished,
+        "size": list(sample.size),
+        "length": len(completion.ids),
+        "logprob": completion.logprobs.sum().item(),
+        "truncated": not completion.finished,
         "thinking": rewards.has_thinking(text),
-        "reward": processor.score(text, example)}
+        "reward": processor.score(text, example),
+    }
 
 
 # ---- Metrics -----------------------------------------------------------------------------------
 def metrics(results: list[dict], task: data.Task) -> dict:
     """The task's metrics and a few of every task, each a mean over the samples that have it.
 
-    None if none has. reward: mean sum of components; length: mean tokens.
+    A metric that no sample has is None. reward: mean sum of components; length: mean tokens.
     """
     columns = defaultdict(list)
     for result in results:
@@ -160,46 +164,55 @@ def metrics(results: list[dict], task: data.Task) -> dict:
 def measure(result: dict, kind: str = "objects") -> dict[str, float]:
     """The scores of one answer, as in the authors' evaluation; an unreadable one is wrong."""
     predicted = result["prediction"]
-    label = result["label"]
     scores = {name: float(result[name]) for name in ("thinking", "truncated", "length")}
     scores["well_formed"] = float(predicted is not None)
     scores["reward"] = sum(result["reward"].values())
     if kind == "math":
-        return scores | {"accuracy": result["reward"]["accuracy"]}
-    # Counting: an unreadable answer counts as 0, and is never exact.
-    count, true_count = [int(answer) if isinstance(answer, str) else len(answer or [])
-                         for answer in (predicted, label)]
-    error = count - true_count
-    exact = float(predicted is not None and error == 0)
-    scores |= {"count_acc": exact, "MAE": abs(error), "squared_error": error**2}
-    if isinstance(label, str) or isinstance(predicted, str):
-        return scores
-    mask = paint(predicted, result["size"])
-    true_mask = paint(label, result["size"])
+        scores["accuracy"] = result["reward"]["accuracy"]
+    elif kind == "count":
+        scores |= measure_count(predicted, result["label"])
+    else:
+        scores |= measure_objects(predicted, result["label"], result["size"])
+    return scores
+
+def measure_count(predicted, label) -> dict[str, float]:
+    """Scores of a number, or of a list of objects as their number; None counts as 0."""
+    counts = []
+    for answer in (predicted, label):
+        counts.append(int(answer) if isinstance(answer, str) else len(answer or []))
+    error = counts[0] - counts[1]
+    exact = predicted is not None and error == 0
+    return {"count_acc": float(exact), "MAE": abs(error), "squared_error": error**2}
+
+def measure_objects(predicted, label: list[dict], size) -> dict[str, float]:
+    """Scores of objects, or of None, in pixels of an image of `size`."""
+    mask = paint(predicted, size)
+    true_mask = paint(label, size)
     intersection = float((mask & true_mask).sum())
     union = float((mask | true_mask).sum())
-    scores |= {"intersection": intersection, "union": union}
+    scores = {"intersection": intersection, "union": union}
     if not label:
         # Only [] is right where there is nothing: N-Acc is the share of those samples.
         names = ("accuracy", "one_to_one", "gIoU", "N-Acc", "anomaly_acc")
         return scores | dict.fromkeys(names, float(predicted == []))
-    # Something is there. Anomalies: something listed is taken for a defect.
-    detected = float(bool(predicted))
-    overlap = intersection / union if union else 0.0
-    scores |= {"anomaly_acc": detected, "detected": detected, "gIoU": overlap}
+    scores["gIoU"] = intersection / union if union else 0.0
+    # For anomalies, anything that is listed says that there is a defect.
+    scores["detected"] = float(bool(predicted))
+    scores["anomaly_acc"] = scores["detected"]
 
     boxes = numbers_of(predicted, "bbox_2d", 4)  # (n, 4)
     true_boxes = numbers_of(label, "bbox_2d", 4)  # (m, 4)
-    points = numbers_of(predicted, "point_2d", 2)[:, None]  # (n, 1, 2)
     # accuracy, the authors': a box, or the box around all boxes, matches that around the label's.
     overlaps = rewards.iou([*boxes, *box_around(boxes)], box_around(true_boxes))
+    scores["accuracy"] = float((overlaps > 0.5).any())
     # one_to_one, ours: an object too many costs as much as one too few.
     pairs = rewards.match((rewards.iou(boxes, true_boxes) > 0.5).astype(int))
+    scores["one_to_one"] = len(pairs) / max(len(predicted or []), len(label))
     # point_in_box: any listed point lies in a labelled box, edge included.
+    points = numbers_of(predicted, "point_2d", 2)[:, None]  # (n, 1, 2)
     inside = (true_boxes[:, :2] <= points) & (points <= true_boxes[:, 2:])  # (n, m, 2)
-    return scores | {"accuracy": float((overlaps > 0.5).any()),
-                     "one_to_one": len(pairs) / max(len(predicted or []), len(label)),
-                     "point_in_box": float(inside.all(axis=2).any())}
+    scores["point_in_box"] = float(inside.all(axis=2).any())
+    return scores
 
 def numbers_of(answer, name: str, size: int) -> np.ndarray:
     """Boxes (n, 4) or points (n, 2) of an answer's objects; none of an unreadable answer."""
@@ -228,7 +241,7 @@ def format_table(values: dict) -> str:
     return "\n".join(lines)
 
 
-# ---- Flags, and one process or many ------------------------------------------------------------
+# ---- Flags and files ---------------------------------------------------------------------------
 class Parser(argparse.ArgumentParser):
     """argparse, but a mistake is one line, printed by one rank, and exit code 2."""
 
@@ -237,29 +250,74 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n" if is_first() else None)
 
 def parse(settings_class, argv, program: str):
-    """Flags from a dataclass's fields. The task's recipe replaces the defaults of some."""
+    """Read flags into a dataclass; its task decides defaults, and so they are in --help too."""
+    # The task first, for it decides the defaults of others.
+    parser = Parser(program, add_help=False, allow_abbrev=False)
+    parser.add_argument("--task", default=settings_class.task)
+    name = parser.parse_known_args(argv)[0].task
+    defaults = {}
+    if name in data.TASKS:
+        task = data.TASKS[name]
+        source = task.data if program == "train.py" else task.eval_data
+        defaults = {"model": task.model, "data": source, "image_size": task.image_size}
+        defaults |= task.recipe
+
     parser = Parser(program, description=settings_class.__doc__, allow_abbrev=False)
     for setting in fields(settings_class):
-        words = {"default": setting.default, "help": f"{setting.metadata['help']} (%(default)s)"}
+        help_text = setting.metadata["help"]
+        default = defaults.get(setting.name, setting.default)
+        if default != "":
+            help_text += " (%(default)s)"
+        words = {"default": default, "help": help_text}
         if setting.type is bool:
-            parser.add_argument(f"--{setting.name}", action=argparse.BooleanOptionalAction, **words)
+            words["action"] = argparse.BooleanOptionalAction
         else:
-            parser.add_argument(f"--{setting.name}", type=setting.type,
-                                choices=setting.metadata["choices"], **words)
-    # Once to learn the task, and again with its recipe.
-    given = vars(parser.parse_args(argv))
-    recipe = data.TASKS[given["task"]].recipe
-    parser.set_defaults(**{name: recipe[name] for name in recipe if name in given})
+            words["type"] = setting.type
+            words["choices"] = setting.metadata["choices"]
+        parser.add_argument(f"--{setting.name}", **words)
     settings = settings_class(**vars(parser.parse_args(argv)))
     for setting in fields(settings_class):
         value = getattr(settings, setting.name)
-        low, high = setting.metadata["low"], setting.metadata["high"]
+        low = setting.metadata["low"]
+        high = setting.metadata["high"]
         if setting.type in (int, float) and not low <= value <= high:
             parser.error(f"--{setting.name} must be from {low} to {high}, not {value}")
     return settings
 
+@contextmanager
+def claimed(directory: Path, resume=False):
+    """Hold a directory that is new or empty or, to resume, a run's own; else raise UserError."""
+    on_first_rank(directory.mkdir, 0o777, True, True)
+    with open(directory / ".lock", "w") as lock:
+        on_first_rank(check_claim, directory, lock, resume)
+        # Locked until this process closes the file or ends, however it ends.
+        yield
+
+def check_claim(directory: Path, lock, resume: bool):
+    """Lock the file, and check what is beside it."""
+    try:
+        flock(lock, LOCK_EX | LOCK_NB)
+    except BlockingIOError:
+        raise data.UserError(f"{directory}: another run is at work there") from None
+    others = {path.name for path in directory.iterdir()} - {".lock"}
+    data.require(not others or resume and "config.json" in others, f"{directory} is not empty: "
+                 "give another --output_dir, or --resume if a run of train.py was in it")
+
+def write_text(path: Path, text: str):
+    """Write a file that is there whole or not at all."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(text)
+    os.replace(unfinished, path)
+
+
+# ---- One process or many -----------------------------------------------------------------------
+received_signals = []
+
 def run_program(program: str, function, *args):
     """Call function(*args). A user's mistake is one line and exit code 2; our own bugs raise."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal may lack characters that a model writes.
+        stream.reconfigure(errors="replace")
     try:
         # Under torchrun, a failure is recorded, and all other processes are ended.
         record(function)(*args)
@@ -271,14 +329,39 @@ def run_program(program: str, function, *args):
             # Of several ranks that fail, the first one speaks.
             speaks = dist.distributed_c10d._get_default_store().add("failures", 1) == 1
         if speaks:
-            # Raw control characters could take over the terminal.
-            text = "".join(c if c.isprintable() else " " for c in str(error))
-            print(f"{program}: {' '.join(text.split())}", file=sys.stderr)
+            complain(program, error)
         sys.exit(2)
+    except RuntimeError as error:
+        # A link was cut, or a rank has died or stopped.
+        if not re.search("gloo|NCCL|TCPStore", str(error)):
+            raise
+        complain(program, f"rank {world()[0]} waited for another rank in vain: {error}")
+        sys.exit(1)
     finally:
         if world()[1] > 1:
             # Python 3.11 crashes at exit if a thread of gloo is waiting for its lock.
             time.sleep(0.1)
+
+def complain(program: str, error):
+    """Print one line; raw control characters in it could take over the terminal."""
+    text = "".join(c if c.isprintable() else " " for c in str(error))
+    print(f"{program}: {' '.join(text.split())}", file=sys.stderr)
+
+def note_signals():
+    """From now on a signal to stop is only noted; `leave_if_asked` acts on it."""
+    received_signals.clear()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        # nohup ignores SIGHUP, and so it stays.
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: received_signals.append(number))
+
+def leave_if_asked(program: str, message: str):
+    """End all ranks if a signal came to any of them, with the exit code 128 + its number."""
+    numbers = gather(received_signals[:1])
+    if numbers:
+        if is_first():
+            print(f"{program}: stopped by {signal.Signals(numbers[0]).name}; {message}", file=sys.stderr)
+        sys.exit(128 + numbers[0])
 
 def start(timeout_minutes: float = 30) -> torch.device:
     """Join torchrun's processes, or be a group of one; returns this process's device."""

@@ -27,7 +27,7 @@ Shapes
     H   query heads, K key/value heads, g = H/K query heads for each of them, E size of a head
 """
 
-import shutil
+import json
 from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType
@@ -40,6 +40,8 @@ import transformers
 from torch.nn.utils.rnn import pad_sequence
 
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+# Nothing is downloaded, and no code of a checkpoint runs.
+LOCAL = {"local_files_only": True, "trust_remote_code": False}
 CHUNK = 256  # tokens whose logits are in memory at a time
 # Tokens between checks whether all rows have finished: on a GPU, a check synchronises.
 CHECK_EVERY = {"cpu": 1, "cuda": 8}
@@ -492,51 +494,78 @@ class Decoder:
 
 
 # ---- Files -------------------------------------------------------------------------------------
-# Copied beside saved weights; anything else in a checkpoint, code above all, is left behind.
-SIDE_FILES = ("tokenizer*.json", "vocab.json", "merges.txt", "added_tokens.json",
-              "special_tokens_map.json", "generation_config.json", "preprocessor_config.json",
-              "chat_template.json", "chat_template.jinja", "LICENSE*")
-
 def load_pretrained(path, dtype=torch.float32, device="cpu") -> GroupPolicy:
     """Load a Hugging Face checkpoint directory in `dtype` or, if that is "auto", in its own.
 
     CheckpointError if the directory is no Qwen-VL checkpoint, or a tensor is missing, unknown or
     misshaped.
     """
+    path = Path(path)
+    check_checkpoint(path)
     transformers.logging.disable_progress_bar()
-    # Nothing is downloaded, and no code of a checkpoint runs.
-    local = {"local_files_only": True, "trust_remote_code": False}
     with named_errors(path):
-        config = transformers.AutoConfig.from_pretrained(path, **local)
-        if config.model_type not in MODEL_TYPES:
-            raise ValueError(f"model_type {config.model_type!r} is not supported; it must be one "
-                             f"of {', '.join(MODEL_TYPES)}")
+        config = transformers.AutoConfig.from_pretrained(path, **LOCAL)
         vlm, report = transformers.AutoModelForImageTextToText.from_pretrained(
             path, config=config, dtype=dtype, attn_implementation=ATTENTION, use_safetensors=True,
-            output_loading_info=True, **local)
+            output_loading_info=True, **LOCAL)
         for kind in ("missing_keys", "unexpected_keys"):
             if report[kind]:
                 raise ValueError(f"{kind} in its safetensors files: {sorted(report[kind])[0]}")
         network = GroupPolicy(vlm.to(device)).eval()
-        # Not vlm.generation_config: transformers silently ignores a damaged file.
-        stop = transformers.GenerationConfig.from_pretrained(path, **local).eos_token_id
-        network.stop_tokens = stop if isinstance(stop, list) else [stop]
-        for name in ("image", "video", "vision_start", "vision_end", "vision"):
-            token = getattr(config, f"{name}_token_id", None)
-            if token is not None:
-                network.forbidden_tokens.append(token)
-        if (Path(path) / "tokenizer_config.json").exists():
-            # Embeddings have more rows than there are words: 151,936 for 151,657 in Qwen2-VL.
-            tokenizer = transformers.AutoTokenizer.from_pretrained(path, **local)
-            words = max(tokenizer.get_vocab().values()) + 1
-            network.forbidden_tokens += range(words, config.text_config.vocab_size)
+        find_special_tokens(network, path)
     return network
 
-def empty_network(config, dtype=torch.float32) -> GroupPolicy:
-    """A network of shapes only, without memory: its parameters are on the meta device."""
-    with torch.device("meta"):
-        return GroupPolicy(transformers.AutoModelForImageTextToText.from_config(
-            config, dtype=dtype, attn_implementation=ATTENTION))
+def check_checkpoint(path):
+    """CheckpointError, which says what the directory is instead, if it is no Qwen-VL checkpoint."""
+    path = Path(path)
+    problem = None
+    if (path / "adapter_config.json").exists():
+        problem = "LoRA adapters alone: merge them into their base, and give that"
+    elif list(path.glob("model_world_size_*")):
+        problem = "verl's shards: make a checkpoint of them with verl.model_merger"
+    else:
+        config = read_json(path / "config.json")
+        if config.get("model_type") not in MODEL_TYPES:
+            problem = (f"model_type {config.get('model_type')!r} is not supported; it must be one "
+                       f"of {', '.join(MODEL_TYPES)}")
+        elif "quantization_config" in config:
+            problem = ("quantised weights, as of AWQ or GPTQ, cannot be trained: give the "
+                       "checkpoint that they were made from")
+    if problem:
+        raise CheckpointError(f"{path}: {problem}")
+
+def find_special_tokens(network: GroupPolicy, path: Path):
+    """Read which tokens end a completion, and which can never be in one."""
+    config = network.config
+    stop = []
+    if (path / "generation_config.json").exists():
+        stop = read_json(path / "generation_config.json").get("eos_token_id") or []
+    network.stop_tokens = stop if isinstance(stop, list) else [stop]
+    for name in ("image", "video", "vision_start", "vision_end", "vision"):
+        token = getattr(config, f"{name}_token_id", None)
+        if token is not None:
+            network.forbidden_tokens.append(token)
+    size = config.text_config.vocab_size
+    if (path / "tokenizer_config.json").exists():
+        words = transformers.AutoTokenizer.from_pretrained(path, **LOCAL).get_vocab()
+        # Embeddings have more rows than there are words: 151,936 for 151,657 in Qwen2-VL.
+        network.forbidden_tokens += range(max(words.values()) + 1, size)
+        # Merged checkpoints may name <|endoftext|> alone, which no answer ends with.
+        network.stop_tokens = sorted({*network.stop_tokens, words["<|im_end|>"]}, key=str)
+    for token in (*network.stop_tokens, *network.forbidden_tokens):
+        if type(token) is not int or not 0 <= token < size:
+            raise ValueError(f"token {token!r} in config.json or generation_config.json is not a "
+                             f"number below vocab_size {size}")
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; CheckpointError names a file that is missing or damaged."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        content = error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: missing or damaged ({content!r:.80})")
+    return content
 
 def fused_rms_norm(module, x) -> torch.Tensor:
     """transformers' RMSNorm in one operation; written out it costs a fifth of a small network."""
@@ -552,20 +581,43 @@ def named_errors(path):
     """Turn any error inside into a one-line CheckpointError that names `path`."""
     try:
         yield
+    except CheckpointError:
+        raise
     except Exception as error:
         raise CheckpointError(f"{path}: {' '.join(str(error).split())[:300]}") from None
 
+def read_files(path) -> dict[str, bytes]:
+    """What a checkpoint has beside weights: configs, tokenizer, template, licence; never code."""
+    files = {}
+    for file in sorted(Path(path).iterdir()):
+        known = file.suffix in (".json", ".jinja", ".txt") or file.name.startswith("LICENSE")
+        if known and not file.name.endswith((".index.json", "_state.json")):
+            files[file.name] = file.read_bytes()
+    return files
+
 def save_pretrained(network: GroupPolicy, directory, source, dtype=torch.bfloat16):
-    """Write a Hugging Face checkpoint; `source` is one that has its tokenizer and processor."""
+    """Write a Hugging Face checkpoint with the files of `source`, which is as read_files' or a path.
+
+    config.json is the source's own but for its type, so transformers 4 can read it, too.
+    """
     directory = Path(directory)
+    files = source if isinstance(source, dict) else read_files(source)
     state = {name: parameter.detach().to("cpu", dtype, copy=True)
              for name, parameter in network.vlm.named_parameters()}
     # The most likely error is a full disk.
     with named_errors(directory):
         network.vlm.save_pretrained(directory, state_dict=state)
-    network.config.dtype = dtype
-    network.config.save_pretrained(directory)
-    for pattern in SIDE_FILES:
-        for file in Path(source).glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, directory / file.name)
+        for name, content in files.items():
+            (directory / name).write_bytes(content)
+        config = json.loads(files["config.json"])
+        for part in (config, config.get("text_config", {}), config.get("vision_config", {})):
+            for key in {"dtype", "torch_dtype"} & set(part):
+                part[key] = str(dtype).removeprefix("torch.")
+        (directory / "config.json").write_text(json.dumps(config, indent=2))
+
+def check_finite(network: GroupPolicy, prompt, where: str):
+    """CheckpointError unless the first token after a prompt has a finite log-prob."""
+    # Weights that are not finite, or that overflow in the forward pass, show in one token.
+    [[probe]] = generate(network, [prompt], 1, 1)
+    if not probe.logprobs.isfinite():
+        raise CheckpointError(f"{where}: weights are not finite")

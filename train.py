@@ -12,20 +12,17 @@ runs/TASK-METHOD then holds config.json, logs (*.jsonl) and Hugging Face checkpo
 checkpoint-STEP/, with a training_state/ for --resume. eval.py measures any of them.
 """
 
-import fcntl
+import copy
 import hashlib
 import json
 import math
 import os
 import shutil
-import signal
-import sys
 import time
 import warnings
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,22 +38,22 @@ import model
 import rewards
 import visurf
 from data import UserError, require
-from eval import (flag, gather, is_first, my_share, on_first_rank, parse, run_program, start,
-                  write_text)
+from eval import (claimed, flag, gather, is_first, leave_if_asked, my_share, note_signals,
+                  on_first_rank, parse, run_program, start, write_text)
 
 @dataclass
 class Settings:
-    """Post-train a Qwen-VL checkpoint. A task's recipe (data.TASKS) replaces some defaults."""
+    """Post-train a Qwen-VL checkpoint. The task decides some defaults."""
 
     task: str = flag("digits", "what to learn", choices=tuple(data.TASKS))
     method: str = flag("visurf", "rlvr: GRPO; sft: labels", choices=("visurf", "rlvr", "sft"))
-    model: str = flag("", "checkpoint directory or hub id, if not the task's")
-    data: str = flag("", "training data: file, folder or hub id, if not the task's")
-    output_dir: str = flag("", "of checkpoints and logs, if not runs/TASK-METHOD")
+    model: str = flag("", "checkpoint directory or hub id")
+    data: str = flag("", "training data: file, folder or hub id")
+    output_dir: str = flag("", "of checkpoints and logs, by default runs/TASK-METHOD")
     resume: bool = flag(False, "continue the run in output_dir from its last checkpoint")
     seed: int = flag(0, "decides the order of the data and every sampled token")
     max_steps: int = flag(500, "batches of prompts to train on", low=1)
-    batch_size: int = flag(16, "prompts in a step", low=1)
+    batch_size: int = flag(16, "prompts in a step", low=1, high=65536)
     micro_batch_size: int = flag(1, "prompts, with their groups, in one forward pass", low=1)
     num_generations: int = flag(8, "rollouts of each prompt (G)", low=1, high=1024)
     max_prompt_length: int = flag(4096, "longest prompt in tokens; none is ever cut", low=1)
@@ -67,12 +64,12 @@ class Settings:
     align_label: bool = flag(True, "control 1: write the label in the rollouts' style")
     drop_thinking_reward: bool = flag(True, "control 2: no thinking reward for the label")
     smooth_label_reward: bool = flag(True, "control 3: no advantage for a label that is matched")
-    image_size: int = flag(0, "side of images in pixels, if not the task's", high=8192)
+    image_size: int = flag(0, "side of images in pixels", low=1, high=8192)
     skip_bad_rows: bool = flag(False, "leave out rows that cannot be used, and count them")
     checkpoint_activations: bool = flag(True, "compute activations twice to save memory")
     cpu_offload: bool = flag(False, "keep weights and optimizer off the GPU: much slower")
     cuda_graph: bool = flag(True, "on a GPU, capture the decoding step: faster")
-    timeout: float = flag(30, "minutes to wait for a rank that does not answer", low=0.01)
+    timeout: float = flag(30, "minutes to wait for a rank that does not answer", low=0.01, high=1e4)
     save_steps: int = flag(100, "steps between checkpoints", low=1)
     keep: int = flag(1, "checkpoints to keep", low=1)
 
@@ -82,23 +79,25 @@ class Run:
 
     settings: Settings
     directory: Path
-    source: Path                       # the checkpoint it started from
+    source: Path | dict                # the checkpoint it started from: see model.read_files
     processor: data.Processor
     samples: list[data.Sample]
-    filler: "Group"                     # computed by a rank that has no work left
+    filler: "Group"                    # computed by a rank that has no work left
     device: torch.device
     network: model.GroupPolicy         # sharded
-    sampler: model.GroupPolicy            # borrows the network's whole weights, see `gathered`
+    sampler: model.GroupPolicy         # borrows the network's whole weights, see `gathered`
     optimizer: torch.optim.Optimizer
     votes: Counter = field(default_factory=Counter)      # label styles seen in rollouts so far
     step: int = 0                      # steps done
     not_finite: int = 0                # updates skipped in a row: loss or gradient not finite
+    useless: int = 0                   # rows in a row that could not be used
+    saved: list[Path] = field(default_factory=list)      # complete checkpoints, the oldest first
 
-FIXED = ("task", "method", "model", "data", "seed", "batch_size")     # for --resume
-COUNTERS = ("step", "not_finite", "votes")     # what a checkpoint keeps beside the tensors
+# Settings that --resume cannot change, and what a checkpoint keeps beside the tensors.
+FIXED = ("task", "method", "model", "seed", "batch_size")
+COUNTERS = ("step", "not_finite", "votes")
 STATE = "training_state"
 LOGS = ("metrics", "completions")
-received_signals = []
 # A run of one process saves without the others.
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
@@ -106,6 +105,8 @@ def main(argv=None):
     """The command line."""
     run_program("train.py", train, parse(Settings, argv, "train.py"))
 
+
+# ---- A run -------------------------------------------------------------------------------------
 def train(settings: Settings):
     """Check what the user gave, load the network and train it."""
     require(settings.method != "rlvr" or settings.num_generations > 1,
@@ -114,24 +115,28 @@ def train(settings: Settings):
     task = data.TASKS[settings.task]
     samples = data.load_samples(settings.data, task, "train",
                                 skip_bad_rows=settings.skip_bad_rows)
-    source = data.fetch(settings.model or task.model)
-    processor = data.Processor(source, task, settings.image_size, settings.max_prompt_length)
-    # Settings that leave no usable prompt fail here, before the weights are read.
-    blank = data.Sample("", "nothing", Image.new("RGB", (56, 56)), [], (56, 56), (56, 56))
-    filler = Group(processor.encode(blank), ids=[processor.token_ids("[]")],
-                  advantages=torch.zeros(1))
     directory = Path(settings.output_dir or f"runs/{settings.task}-{settings.method}")
-    directory.mkdir(parents=True, exist_ok=True)
-
-    with open(directory / ".lock", "w") as lock:
-        on_first_rank(claim_directory, settings, directory, lock)
+    with claimed(directory, settings.resume):
+        config = asdict(settings) | {"data_sha256": data.fingerprint(samples)}
+        on_first_rank(compare_with_before, directory, config)
+        # When a run is resumed, the checkpoint that it began with may be gone.
+        saved = on_first_rank(own_checkpoints, directory)
+        source = saved[-1] if saved else data.fetch(settings.model)
+        model.check_checkpoint(source)
+        processor = data.Processor(source, task, settings.image_size, settings.max_prompt_length)
+        # Settings that leave no usable prompt fail here, before the weights are read.
+        blank = data.Sample("", "nothing", Image.new("RGB", (56, 56)), [], (56, 56), (56, 56),
+                            "an empty picture")
+        filler = Group(processor.encode(blank), ids=[processor.token_ids("[]")],
+                       advantages=torch.zeros(1))
         network, sampler = load_network(settings, source, device)
-        on_first_rank(write_text, directory / "config.json", json.dumps(asdict(settings), indent=2))
         optimizer = torch.optim.AdamW(network.parameters(), settings.learning_rate, fused=True)
-        run = Run(settings, directory, source, processor, samples, filler, device, network, sampler,
-                  optimizer)
-        if settings.resume:
-            resume(run)
+        run = Run(settings, directory, model.read_files(source), processor, samples, filler,
+                  device, network, sampler, optimizer)
+        with gathered(run) as whole:
+            model.check_finite(whole, filler.example, settings.model)
+        on_first_rank(write_text, directory / "config.json", json.dumps(config, indent=2))
+        resume(run)
         if is_first():
             print(f"{settings.method} on {settings.task}, {dist.get_world_size()} x {device.type}, "
                   f"{len(samples)} samples")
@@ -140,23 +145,16 @@ def train(settings: Settings):
 
 def loop(run: Run):
     """Train step by step; save now and then, and if a signal or a user's mistake ends the run."""
+    note_signals()
     settings = run.settings
-    # From now on a signal to stop is only noted, and `leave_if_asked` acts on it.
-    received_signals.clear()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        # nohup ignores SIGHUP, and so it stays.
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda number, frame: received_signals.append(number))
     try:
         if settings.method == "sft" and run.step == 0:
-            # No rollouts: the network's own answers to 32 questions decide the label's style.
-            groups, _ = encode_share(run, range(min(32, len(run.samples))))
-            sample(run, groups, 1, temperature=0)
-            vote_for_style(run, groups)
+            vote_before_sft(run)
         while run.step < settings.max_steps:
             values, records = train_step(run)
             on_first_rank(log_step, run, values, records)
             require(run.not_finite < 10, "10 updates in a row not finite: lower --learning_rate")
+            require(run.useless < len(run.samples), "no row of --data can be used")
             if run.step % settings.save_steps == 0:
                 save(run)
     except (SystemExit, UserError, model.CheckpointError, OSError):
@@ -166,6 +164,14 @@ def loop(run: Run):
     if is_first():
         print(f"next: eval.py --task {settings.task} --model {run.directory}/checkpoint-{run.step}")
 
+def vote_before_sft(run: Run):
+    """Without rollouts, the network's own answers to 32 questions decide the label's style."""
+    groups, _ = encode_share(run, range(min(32, len(run.samples))))
+    sample(run, groups, 1, temperature=0)
+    vote_for_style(run, groups)
+
+
+# ---- A step ------------------------------------------------------------------------------------
 @dataclass
 class Group:
     """A prompt with its N completions: G rollouts (none in SFT), then the label (none in RLVR)."""
@@ -187,14 +193,14 @@ class Group:
 def train_step(run: Run) -> tuple[dict, list[dict]]:
     """The method on the next batch: metrics, and a record of each group of all ranks."""
     settings = run.settings
-    leave_if_asked()
+    leave_if_asked("train.py", "--resume continues")
     began = time.perf_counter()
     first = run.step * settings.batch_size
     groups, bad_rows = encode_share(run, range(first, first + settings.batch_size))
     if settings.method != "sft":
         sample(run, groups, settings.num_generations, settings.temperature)
     # Sampling takes long, and this step has changed nothing yet: a good moment to stop.
-    leave_if_asked()
+    leave_if_asked("train.py", "--resume continues")
     vote_for_style(run, groups)
     for group in groups:
         if settings.method != "rlvr":
@@ -208,28 +214,12 @@ def train_step(run: Run) -> tuple[dict, list[dict]]:
     run.step += 1
     values["skipped_rows"] = bad_rows
     records = gather([group.record() for group in groups])
+    run.useless = 0 if records else run.useless + bad_rows
     if settings.method != "sft" and records:
         values |= summarize(records, settings)
     values["rollout_seconds"] = sampled - began
     values["update_seconds"] = time.perf_counter() - sampled
     return values, records
-
-def summarize(records: list[dict], settings: Settings) -> dict:
-    """Means over all rollouts of a step, and over its labels if they were injected."""
-    G = settings.num_generations
-    columns = defaultdict(list)
-    for record in records:
-        # The label comes after the rollouts.
-        columns["length"] += record["lengths"][:G]
-        for components in record["rewards"][:G]:
-            columns["reward"].append(sum(components.values()))
-            for name, reward in components.items():
-                columns[f"reward/{name}"].append(reward)
-        columns["truncated"].append(record["truncated"] / G)
-        if settings.method == "visurf":
-            columns["label_active"].append(record["advantages"][-1] != 0)
-            columns["label_advantage"].append(record["advantages"][-1])
-    return {name: np.mean(values) for name, values in columns.items()}
 
 def encode_share(run: Run, indices: range) -> tuple[list[Group], int]:
     """This rank's share of the prompts at `indices`, as groups; and how many rows were bad."""
@@ -277,7 +267,9 @@ def vote_for_style(run: Run, groups: list[Group]):
 
 def append_label(run: Run, group: Group):
     """Add the label to its group, in the rollouts' style."""
-    style = visurf.preferred_style(run.votes) if run.settings.align_label else "spaced"  # control 1
+    style = "spaced"
+    if run.settings.align_label:
+        style = visurf.preferred_style(run.votes)
     text = visurf.align_label(group.example.label, style)
     group.texts.append(text)
     group.ids.append(run.processor.token_ids(text + data.END))
@@ -295,35 +287,10 @@ def compute_advantages(settings: Settings, group: Group) -> torch.Tensor:
 
 def update(run: Run, groups: list[Group]) -> dict:
     """One optimizer step on the groups of all ranks; the loss is a mean over all their tokens."""
-    settings = run.settings
-    # A group whose advantages are all 0 has no gradient, but its tokens count in the mean.
-    useful = [group for group in groups if group.advantages.any()]
-    tokens = sum(len(ids) for group in groups for ids in group.ids)
-    # Groups of similar length share a micro-batch: little padding.
-    useful.sort(key=lambda group: max(map(len, group.ids)))
-    size = settings.micro_batch_size
-    micro_batches = [useful[i : i + size] for i in range(0, len(useful), size)]
-    # One pair of each rank.
-    rounds, token_counts = zip(*gather([(len(micro_batches), tokens)]))
-    # FSDP averages gradients over ranks, so each rank divides by its fair share of all tokens.
-    total = sum(token_counts) / dist.get_world_size()
-    # FSDP's exchanges need all ranks: one with fewer micro-batches computes dummies.
-    micro_batches += [[run.filler]] * (max(rounds) - len(micro_batches))
+    micro_batches, total = plan(run, groups)
     loss_sum = 0.0
     for micro_batch in micro_batches:
-        examples = [group.example for group in micro_batch]
-        prompts = model.PromptBatch.from_prompts(examples, run.network.config, run.device)
-        ids, mask = model.pad_completions([group.ids for group in micro_batch])  # (b, N, T)
-        A = torch.stack([group.advantages for group in micro_batch]).float()  # (b, N)
-        # Completions with zero advantage, a filler's too, have no gradient and are left out.
-        mask = (mask & (A[..., None] != 0)).to(run.device)
-        A = A.to(run.device)
-        logprobs = run.network(prompts, ids.to(run.device), mask, settings.temperature)
-        if settings.method == "sft":
-            loss = visurf.sft_loss(logprobs, mask, total)
-        else:
-            # The policy is the one that sampled: the importance ratio is 1.
-            loss = visurf.policy_loss(logprobs, logprobs.detach(), A, mask, total=total)
+        loss = loss_of(run, micro_batch, total)
         loss.backward()
         loss_sum += loss.item()
     mean_loss = sum(gather([loss_sum])) / dist.get_world_size()
@@ -340,27 +307,57 @@ def update(run: Run, groups: list[Group]) -> dict:
     run.optimizer.zero_grad()
     return {"loss": mean_loss, "grad_norm": norm, "not_finite": run.not_finite}
 
+def plan(run: Run, groups: list[Group]) -> tuple[list[list[Group]], float]:
+    """This rank's micro-batches, as many as any other's, and the tokens to divide losses by."""
+    # A group whose advantages are all 0 has no gradient, but its tokens count in the mean.
+    useful = [group for group in groups if group.advantages.any()]
+    # Groups of similar length share a micro-batch: little padding.
+    useful.sort(key=lambda group: max(map(len, group.ids)))
+    size = run.settings.micro_batch_size
+    micro_batches = [useful[i : i + size] for i in range(0, len(useful), size)]
+    tokens = 0
+    for group in groups:
+        tokens += sum(map(len, group.ids))
+    of_all_ranks = np.array(gather([(len(micro_batches), tokens)]))  # (W, 2)
+    # FSDP's exchanges need all ranks: one with fewer micro-batches computes fillers.
+    missing = of_all_ranks[:, 0].max() - len(micro_batches)
+    micro_batches += [[run.filler]] * missing
+    # FSDP averages gradients over ranks, so each rank divides by its fair share of all tokens.
+    return micro_batches, of_all_ranks[:, 1].mean()
+
+def loss_of(run: Run, micro_batch: list[Group], total: float) -> torch.Tensor:
+    """The loss of some groups, of b prompts: a sum over their tokens, divided by `total`."""
+    examples = [group.example for group in micro_batch]
+    prompts = model.PromptBatch.from_prompts(examples, run.network.config, run.device)
+    ids, mask = model.pad_completions([group.ids for group in micro_batch])  # (b, N, T)
+    A = torch.stack([group.advantages for group in micro_batch]).float()  # (b, N)
+    # Completions with zero advantage, a filler's too, have no gradient and are left out.
+    mask = (mask & (A[..., None] != 0)).to(run.device)
+    logprobs = run.network(prompts, ids.to(run.device), mask, run.settings.temperature)
+    if run.settings.method == "sft":
+        return visurf.sft_loss(logprobs, mask, total)
+    # The policy is the one that sampled: the importance ratio is 1.
+    return visurf.policy_loss(logprobs, logprobs.detach(), A.to(run.device), mask, total=total)
+
+
+# ---- The network, sharded ----------------------------------------------------------------------
 def load_network(settings: Settings, source, device) -> tuple:
     """The network, each of W ranks holding 1/W of it in float32; and its sampler: see gathered."""
     network = model.load_pretrained(source, dtype="auto")
-    sampler = model.empty_network(network.config)
+    # The sampler has the same modules and buffers, but its weights are empty.
+    memo = {id(buffer): buffer for buffer in network.buffers()}
+    for weight in network.parameters():
+        memo[id(weight)] = torch.nn.Parameter(weight.to("meta"))
+    sampler = copy.deepcopy(network, memo)
     on_gpu = device.type == "cuda"
     if on_gpu:
-        # While sampling, the whole network in bfloat16. Always, a share of the 16 bytes that a
-        # weight takes with its gradient and AdamW's moments in float32.
-        bytes_each = 2
-        if not settings.cpu_offload:
-            bytes_each += 16 / dist.get_world_size()
-        needed = bytes_each * sum(weight.numel() for weight in network.parameters())
-        available = torch.cuda.get_device_properties(device).total_memory
-        require(needed <= available, f"this --model needs {needed / 1e9:.0f} of "
-                f"{available / 1e9:.0f} GB before any activation: use more GPUs or --cpu_offload")
-        if settings.cpu_offload:
-            # torchrun gives a process one thread, with which AdamW alone takes seconds a step.
-            torch.set_num_threads(os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        check_memory(settings, network, device)
+    if on_gpu and settings.cpu_offload:
+        # torchrun gives a process one thread, with which AdamW alone takes seconds a step.
+        torch.set_num_threads(os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
-    compute = torch.bfloat16 if on_gpu else torch.float32
     # Inputs are not cast: positions and rotary tables stay in float32.
+    compute = torch.bfloat16 if on_gpu else torch.float32
     policy = fsdp.MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32,
                                        cast_forward_inputs=False)
     offload = fsdp.OffloadPolicy()
@@ -372,21 +369,30 @@ def load_network(settings: Settings, source, device) -> tuple:
         fsdp.fully_shard(module, mp_policy=policy, offload_policy=offload)
     # Only now, after sharding: whole float32 weights need not fit on a rank.
     network.float()
-    sampler.stop_tokens = network.stop_tokens
-    sampler.forbidden_tokens = network.forbidden_tokens
-    # Rotary tables are buffers, which FSDP leaves alone: network and sampler share them.
-    for name, buffer in network.named_buffers():
-        owner, _, leaf = name.rpartition(".")
-        sampler.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
     if settings.checkpoint_activations:
         # transformers recomputes activations in training mode alone.
         network.vlm.activation_checkpointing_enable({"use_reentrant": False})
         network.train()
     return network, sampler
 
+def check_memory(settings: Settings, network, device):
+    """UserError if weights and optimizer alone do not fit on the GPU."""
+    # While sampling, the whole network in bfloat16; always, a share of the 16 bytes that a weight
+    # takes with its gradient and AdamW's moments in float32.
+    bytes_each = 2.0
+    if not settings.cpu_offload:
+        bytes_each += 16 / dist.get_world_size()
+    needed = bytes_each * sum(weight.numel() for weight in network.parameters())
+    available = torch.cuda.get_device_properties(device).total_memory
+    require(needed <= available, f"this --model needs {needed / 1e9:.0f} of "
+            f"{available / 1e9:.0f} GB before any activation: use more GPUs or --cpu_offload")
+
 @contextmanager
 def gathered(run: Run):
-    """The whole network on every rank, for sampling: a plain sampler that borrows its weights."""
+    """The whole network on every rank, for sampling: a plain copy that borrows its weights.
+
+    They have the type of computing, bfloat16 on GPUs, and are void when the context ends.
+    """
     # Gathered once, here: while the sampler decodes nothing is exchanged, and no rank waits.
     # The sampler has none of FSDP's hooks: they record the order of blocks, by which backward
     # prefetches, and a rank with fewer prompts would wait for the others forever.
@@ -401,78 +407,64 @@ def gathered(run: Run):
         for unit in units:
             unit.reshard()
 
-def claim_directory(settings: Settings, directory: Path, lock):
-    """Lock the directory; UserError if another run is in it, or was in it and this is no resume."""
-    try:
-        # Held until this process closes the file or ends, however it ends.
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{directory}: another run is at work there") from None
-    config = directory / "config.json"
-    require(settings.resume or not (config.exists() or own_checkpoints(directory)),
-            f"{directory} holds another run: --resume continues it, or give another --output_dir")
-    before = read_json(config) if config.exists() else asdict(settings)
-    for name, value in asdict(settings).items():
-        if value != before.get(name) and name != "resume":
-            require(name not in FIXED, f"{directory} holds a run with --{name} "
-                    f"{before.get(name)!r}, which --resume cannot change")
-            print(f"--{name} {value} from here on, before it was {before.get(name)}")
 
-def own_checkpoints(directory: Path) -> list[Path]:
-    """The complete checkpoints of the run, from the oldest to the newest; nothing else's."""
-    steps = {}
-    for path in directory.glob("checkpoint-*"):
-        step = path.name.partition("-")[2]
-        if step.isdecimal() and (path / f"{STATE}.json").is_file() and not path.is_symlink():
-            steps[int(step)] = path
-    return list(map(steps.get, sorted(steps)))
-
+# ---- Checkpoints -------------------------------------------------------------------------------
 def save(run: Run):
     """Write checkpoint-STEP unless it is there, then delete the oldest beyond --keep."""
     final = run.directory / f"checkpoint-{run.step}"
     # Under this name until it is complete on disk, so no half-written one is ever found.
     unfinished = run.directory / "unfinished"
-    if run.step == 0 or on_first_rank(final.exists):
+    if run.step == 0 or final in run.saved:
         return
     try:
-        with gathered(run) as network:
-            # Weights that are not finite, or that overflow in the forward pass, show in one token.
-            [[probe]] = model.generate(network, [run.filler.example], 1, 1)
-            require(probe.logprobs.isfinite(), f"step {run.step}: weights are not finite and not "
-                    "saved: lower --learning_rate; --resume continues from the last checkpoint")
-            on_first_rank(partial(shutil.rmtree, unfinished, ignore_errors=True))
-            on_first_rank(model.save_pretrained, network, unfinished, run.source)
-        writer = dcp.HuggingFaceStorageWriter(str(unfinished / STATE), save_distributed=True)
-        dcp.save(tensors(run), storage_writer=writer, no_dist=dist.get_world_size() == 1)
-        state = {"digests": compute_digests(unfinished), "log_sizes": {}}
-        for name in COUNTERS:
-            state[name] = getattr(run, name)
-        for path in run.directory.glob("*.jsonl"):
-            state["log_sizes"][path.stem] = path.stat().st_size
-        on_first_rank(write_text, unfinished / f"{STATE}.json", json.dumps(state, indent=1))
-        # The name must not reach the disk before the contents.
-        os.sync()
+        write_checkpoint(run, unfinished)
         on_first_rank(os.rename, unfinished, final)
     except (OSError, dcp.CheckpointException, model.CheckpointError) as error:
-        raise UserError(f"{final}: not written ({str(error)[-300:]}); --resume continues from the "
-                        "last checkpoint") from None
-    for old in on_first_rank(own_checkpoints, run.directory)[: -run.settings.keep]:
+        on_first_rank(shutil.rmtree, unfinished, True)
+        raise UserError(f"{final}: not written ({str(error)[-300:]}); --resume continues from "
+                        f"{run.saved[-1] if run.saved else 'the start'}") from None
+    run.saved.append(final)
+    for old in run.saved[: -run.settings.keep]:
         # Renamed first: a half-deleted one must not look complete.
         on_first_rank(os.rename, old, unfinished)
         on_first_rank(shutil.rmtree, unfinished)
+    del run.saved[: -run.settings.keep]
 
-def tensors(run: Run) -> dict[str, torch.Tensor]:
-    """Training state: weights, and AdamW's moments and step counts, made if missing."""
-    found = {}
-    for name, parameter in run.network.named_parameters():
+def write_checkpoint(run: Run, directory: Path):
+    """Write a Hugging Face checkpoint and the training state, to the disk and not to a cache."""
+    with gathered(run) as network:
+        model.check_finite(network, run.filler.example, f"step {run.step}, lower --learning_rate")
+        on_first_rank(shutil.rmtree, directory, True)
+        on_first_rank(model.save_pretrained, network, directory, run.source)
+    make_moments(run)
+    writer = dcp.HuggingFaceStorageWriter(str(directory / STATE), save_distributed=True)
+    dcp.save(tensors(run), storage_writer=writer, no_dist=dist.get_world_size() == 1)
+    state = {"digests": compute_digests(directory), "log_sizes": {}}
+    for name in COUNTERS:
+        state[name] = getattr(run, name)
+    for name in LOGS:
+        path = run.directory / f"{name}.jsonl"
+        if path.exists():
+            state["log_sizes"][name] = path.stat().st_size
+    on_first_rank(write_text, directory / f"{STATE}.json", json.dumps(state, indent=1))
+    # The final name must not reach the disk before the contents.
+    os.sync()
+
+def make_moments(run: Run):
+    """Give each weight the state that AdamW makes in its first step, where there is none yet."""
+    for parameter in run.network.parameters():
         state = run.optimizer.state[parameter]
         if not state:
-            # AdamW makes these in its first step, and --resume loads into them before that.
             state["step"] = torch.zeros((), device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter, requires_grad=False)
             state["exp_avg_sq"] = torch.zeros_like(parameter, requires_grad=False)
+
+def tensors(run: Run) -> dict[str, torch.Tensor]:
+    """Training state by name: weights, and AdamW's moments and step counts."""
+    found = {}
+    for name, parameter in run.network.named_parameters():
         found[f"weight/{name}"] = parameter.detach()
-        for key, value in state.items():
+        for key, value in run.optimizer.state[parameter].items():
             found[f"{key}/{name}"] = value
     return found
 
@@ -484,17 +476,43 @@ def compute_digests(directory: Path) -> dict[str, str]:
             digests.append((path.name, hashlib.file_digest(file, "sha256").hexdigest()))
     return dict(gather(digests))
 
+def own_checkpoints(directory: Path) -> list[Path]:
+    """The run's checkpoints, the oldest first; UserError if another thing has such a name."""
+    steps = []
+    for path in directory.glob("checkpoint-*"):
+        step = model.read_json(path / f"{STATE}.json").get("step")
+        require(path.name == f"checkpoint-{step}", f"{path}: holds step {step}; move it away")
+        steps.append(step)
+    return [directory / f"checkpoint-{step}" for step in sorted(steps)]
+
+def compare_with_before(directory: Path, config: dict):
+    """UserError if this is another run than the one in the directory; print what changed."""
+    path = directory / "config.json"
+    if not path.exists():
+        return
+    before = model.read_json(path)
+    require(before.get("data_sha256") == config["data_sha256"],
+            f"{directory} holds a run on other rows than those of --data {config['data']}")
+    changed = [name for name in config if config[name] != before.get(name) and name != "resume"]
+    for name in changed:
+        require(name not in FIXED, f"{directory} holds a run with --{name} {before.get(name)!r}, "
+                "which --resume cannot change")
+    for name in changed:
+        print(f"--{name} {config[name]} from here on, before it was {before.get(name)}")
+
 def resume(run: Run):
     """Go on from the last checkpoint, if there is one, on as many ranks as there are now."""
     state = {"log_sizes": {}}
-    # At most one.
-    for last in on_first_rank(own_checkpoints, run.directory)[-1:]:
-        state = read_json(last / f"{STATE}.json")
+    run.saved = on_first_rank(own_checkpoints, run.directory)
+    if run.saved:
+        last = run.saved[-1]
+        state = model.read_json(last / f"{STATE}.json")
         require(compute_digests(last) == state.get("digests"), f"{last}: a damaged or missing "
                 "tensor file; delete this checkpoint to go on from an older one, or anew")
         for name in COUNTERS:
             setattr(run, name, state[name])
         run.votes = Counter(run.votes)
+        make_moments(run)
         reader = dcp.HuggingFaceStorageReader(str(last / STATE))
         dcp.load(tensors(run), storage_reader=reader, no_dist=dist.get_world_size() == 1)
     if is_first():
@@ -503,24 +521,39 @@ def resume(run: Run):
             with open(run.directory / f"{name}.jsonl", "a") as file:
                 file.truncate(state["log_sizes"].get(name, 0))
 
-def read_json(path: Path) -> dict:
-    """Read one JSON file of this run; UserError if it was damaged."""
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        content = error
-    require(isinstance(content, dict), f"{path}: damaged ({content!r:.80}); delete it")
-    return content
+
+# ---- Logs --------------------------------------------------------------------------------------
+def summarize(records: list[dict], settings: Settings) -> dict:
+    """Means over all rollouts of a step, and over its labels if they were injected."""
+    G = settings.num_generations
+    columns = defaultdict(list)
+    for record in records:
+        # The label comes after the rollouts.
+        columns["length"] += record["lengths"][:G]
+        for components in record["rewards"][:G]:
+            columns["reward"].append(sum(components.values()))
+            for name, reward in components.items():
+                columns[f"reward/{name}"].append(reward)
+        columns["truncated"].append(record["truncated"] / G)
+        if settings.method == "visurf":
+            columns["label_active"].append(record["advantages"][-1] != 0)
+            columns["label_advantage"].append(record["advantages"][-1])
+    return {name: np.mean(values) for name, values in columns.items()}
 
 def log_step(run: Run, values: dict, records: list[dict]):
     """A line on the console and a record in the logs; every tenth step whole groups too."""
-    line = f"step {run.step:4d}/{run.settings.max_steps}"
+    line = f"step {run.step:4d}/{run.settings.max_steps} | loss {values['loss']:.3g}"
+    if "reward" in values:
+        parts = [f"{values[name]:.2f}" for name in values if name.startswith("reward/")]
+        line += f" | reward {values['reward']:.2f} = {' + '.join(parts)}"
+    if "label_active" in values:
+        line += f" | label_active {values['label_active']:.2f}"
+    seconds = values["rollout_seconds"] + values["update_seconds"]
+    print(f"{line} | {seconds:.2f} s", flush=True)
     for name, value in values.items():
-        line += f" | {name} {value:.3g}"
         if not math.isfinite(value):
             # JSON has no NaN.
             values[name] = None
-    print(line, flush=True)
     values["style"] = visurf.preferred_style(run.votes)
     groups = records if run.step % 10 == 1 else []     # steps 1, 11, 21, ...
     for group in groups[:1]:
@@ -529,15 +562,6 @@ def log_step(run: Run, values: dict, records: list[dict]):
         with open(run.directory / f"{name}.jsonl", "a") as file:
             for entry in entries:
                 file.write(json.dumps({"step": run.step} | entry) + "\n")
-
-def leave_if_asked():
-    """End all ranks if a signal came to any of them, with the exit code 128 + its number."""
-    numbers = gather(received_signals[:1])
-    if numbers:
-        if is_first():
-            name = signal.Signals(numbers[0]).name
-            print(f"train.py: stopped by {name}; --resume continues", file=sys.stderr)
-        sys.exit(128 + numbers[0])
 
 if __name__ == "__main__":
     main()

@@ -24,7 +24,7 @@ from functools import partial
 
 import torch
 
-# ---- Control 1: the label's style ------------------------------------------------------------------
+# ---- Control 1: the label's style --------------------------------------------------------------
 def write_tight_lists(answer: list[dict]) -> str:
     """json.dumps without the space between two numbers."""
     return re.sub(r"(?<=\d), (?=-?\d)", ",", json.dumps(answer))
@@ -62,7 +62,7 @@ def align_label(answer: list[dict] | str, style: str) -> str:
     text = answer if isinstance(answer, str) else STYLES[style](answer)
     return f"<answer>{text}</answer>"
 
-# ---- Steps 2 to 4: rewards of a group, and its advantages -----------------------------------------
+# ---- Steps 2 to 4: rewards of a group, and its advantages --------------------------------------
 def visurf_advantages(rollout_rewards, label_components: dict, drop_thinking_reward: bool = True,
                       smooth_label_reward: bool = True) -> torch.Tensor:
     """Advantages (..., N) of G rollouts with rewards (..., G), and of their label, the last.
@@ -127,7 +127,7 @@ def group_advantages(rewards, eps: float = 1e-6) -> torch.Tensor:
     centred = torch.where(centred.abs() <= rounding, 0.0, centred)
     return centred / (rewards.std(dim=-1, keepdim=True) + eps)
 
-# ---- Step 5: losses --------------------------------------------------------------------------------
+# ---- Step 5: losses ----------------------------------------------------------------------------
 def policy_loss(logprobs, old_logprobs, advantages, mask, epsilon: float = 0.2, total=None):
     """The negated objective: the mean of min(rho A, clip(rho) A), without reference KL (Eq. 8).
 
