@@ -1,4 +1,5 @@
-"""What several test files need: the repository on the path, and small random checkpoints that transformers wrote."""
+"""What several test files need: the repository and extras/ on the path, and small random checkpoints that
+transformers wrote."""
 
 import os
 import re
@@ -8,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "extras")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded by a test
 
 import pytest

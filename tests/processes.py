@@ -19,7 +19,7 @@ from torch.distributed import TCPStore
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["ranks"])
-PATHS = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+PATHS = [str(ROOT), str(ROOT / "tests"), str(ROOT / "extras"), os.environ.get("PYTHONPATH", "")]
 os.environ["PYTHONPATH"] = os.pathsep.join(PATHS)
 NOTICE = 1.0  # seconds between a rank's failure and SIGTERM for the others
 GRACE = 3.0  # seconds between that and SIGKILL; torchrun's agent gives 30
