@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import torch
-from conftest import ROOT
+from conftest import ROOT, hear_signals
 from torch.distributed import TCPStore
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -86,6 +86,7 @@ class Ranks:
 
 
 def run_rank(rank, world, port, output, send, target, args):
+    hear_signals()
     with open(output, "ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
-from conftest import ROOT, read_log
+from conftest import ROOT, hear_signals, read_log
 from safetensors.torch import load_file
 
 import data
@@ -608,8 +608,7 @@ def test_a_signal_at_any_time_saves_and_leaves(tmp_path, capsys, monkeypatch, nu
         return function(*args, **kwargs)
 
     monkeypatch.setattr(train, when, send_before)
-    # In the background of a shell, a process is born deaf to it.
-    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_DFL)
+    hear_signals()
     flags = "--max_steps", 2, "--save_steps", 1
     line = expect_exit(tmp_path, capsys, *flags, code=128 + number)
     assert line == f"train.py: stopped by {signal.Signals(number).name}; --resume continues"
@@ -623,9 +622,8 @@ def test_a_signal_at_any_time_saves_and_leaves(tmp_path, capsys, monkeypatch, nu
 
 def test_a_run_under_nohup_outlives_its_terminal(tmp_path):
     """nohup has SIGHUP ignored, and the run must not start to listen to it."""
-    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        run(tmp_path, "--max_steps", 1)
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, previous)
+    hear_signals()
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    run(tmp_path, "--max_steps", 1)
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
