@@ -1,13 +1,9 @@
 """The method: the paper's worked numbers, each control alone, the losses against loops and autograd, Eq. 9."""
 
-import doctest
 import json
 import math
 import random
-import shutil
 import statistics
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
@@ -26,18 +22,6 @@ def visurf_advantages(rollout_rewards, components, credit_thinking=False, smooth
     if smooth:
         label = visurf.smooth_label_reward(rollout_rewards, label)
     return visurf.group_advantages(visurf.inject_label(rollout_rewards, label))
-
-
-def test_docstring_examples():
-    results = doctest.testmod(visurf)
-    assert results.attempted >= 4 and results.failed == 0
-
-
-def test_the_file_alone_can_be_imported(tmp_path):
-    shutil.copy(ROOT / "visurf.py", tmp_path)
-    code = "import visurf; print(visurf.align_label([{'point_2d': [7, 8]}], 'tight lists'))"
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert run.stdout == '<answer>[{"point_2d": [7,8]}]</answer>\n' and not run.stderr
 
 
 # ---- Control 1: the label's style --------------------------------------------------------------
