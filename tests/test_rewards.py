@@ -315,6 +315,15 @@ def test_match_is_best():
         assert check_match(gain) == best_sum(gain), gain
 
 
+def test_match_agrees_with_scipy():
+    """Sums of scipy's matching, where scipy is installed: sizes that brute force cannot do."""
+    scipy = pytest.importorskip("scipy.optimize")
+    rng = np.random.default_rng(3)
+    for n, m in rng.integers(1, 60, size=(200, 2)):
+        gain = rng.integers(0, 4, size=(n, m)) * (rng.random((n, m)) < rng.random())
+        assert check_match(gain) == gain[scipy.linear_sum_assignment(gain, maximize=True)].sum()
+
+
 def test_match_large_and_odd():
     rng = np.random.default_rng(1)
     for n, m in [(120, 120), (120, 7), (7, 120)]:                      # a hidden perfect matching among smaller gains
