@@ -162,7 +162,10 @@ def open_table(path: Path, split: str):
                          if re.search(pattern, str(file.relative_to(path)))]
             table = datasets.load_dataset("parquet", data_files=files, split="train")
         else:
-            table = datasets.load_dataset(str(path), split=split)
+            # Not by its name: for a hub that fails, `datasets` would wait half a minute.
+            table = datasets.load_dataset(str(fetch(path, "dataset")), split=split)
+    except UserError:
+        raise
     except Exception as error:           # damaged files and networks raise nearly anything
         raise DataError(f"{path}: no readable {split} data ({error!r:.300}); it must be a file, "
                         "a folder or a hub id (all but .jsonl: pip install datasets)") from None
@@ -377,16 +380,21 @@ class Processor:
                                 frame=example.frame, thresholds=self.task.thresholds,
                                 choices=example.sample.choices)
 
-def fetch(name: str) -> Path:
-    """The folder of a checkpoint: a local path as it is, or a repository on the hub."""
+def fetch(name, kind: str = "model") -> Path:
+    """The folder of a "model" or a "dataset": a local path as it is, or a repository on the hub."""
     if Path(name).exists():
         return Path(name)
+    # Only what has the shape of a hub id is asked for there: a mistyped path ends at once.
+    is_hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+(?<!\.jsonl)(?<!\.parquet)", str(name))
+    require(is_hub_id, f"{name}: no such file or folder, nor is it owner/name, as the Hugging Face "
+            "hub has them; give a path that exists")
     try:
         from huggingface_hub import snapshot_download
-        return Path(snapshot_download(str(name), ignore_patterns=["*.bin", "*.pt*", "*.py"]))
+        return Path(snapshot_download(str(name), repo_type=kind,
+                                      ignore_patterns=["*.bin", "*.pt*", "*.py"]))
     except Exception as error:           # no such name, no network, a full disk
-        raise UserError(f"{name}: no such folder, nor on the Hugging Face hub "
-                        f"({error!r:.300}); give a name that exists") from None
+        raise UserError(f"{name}: no such folder, nor does the Hugging Face hub give it "
+                        f"({error!r:.300}); give a name that exists, or try again") from None
 
 def fingerprint(samples) -> str:
     """TEMPORARY"""

@@ -12,19 +12,25 @@ Counting also takes a number. In mathematics, whose answer may be any text, form
 """
 
 import json
+import os
 import re
+import signal
+import sys
+import threading
 from dataclasses import dataclass
+from functools import cache
 from string import ascii_uppercase
+from subprocess import DEVNULL, PIPE, Popen
 
 import numpy as np
 
 MAX_OBJECTS = 120
-# Not for math-verify: 9^{9^{9^9}} hangs in one step, which no alarm interrupts, and a word is read
-# as a product of letters, so that dog = god.
-COSTLY = re.compile(r"""
-    \\(?!(boxed|text|circ|[dt]?frac|sqrt(?!\[)|pi|cdot|times|div|pm|left|right|infty|cup|log|ln)
-       (?![a-zA-Z])|[{}%])|!|[^ -~]|.{201}|^[a-zA-Z ]{3,}$|\d[ ]\d
-    |\^(?!\w|\{-?\w{1,2}\}|\{?\\circ)|(\^.*){4}|(\^\{-?\d\d.*){2}""", re.VERBOSE)
+# The point in 0.5 does not end a sentence.
+SENTENCE = re.compile(r"(?:[^.!?\n。！？]|(?<=\d)\.(?=\d))+")
+# Full-width characters and the root sign, which math-verify does not know.
+CHARACTERS = {wide: wide - 0xFEE0 for wide in range(0xFF01, 0xFF5F)} | {ord("√"): r"\sqrt "}
+# Math-verify would multiply the letters of words (dog = god), and read 1 1/2 as 1.
+NO_FORMULA = re.compile(r"(?s)^[a-zA-Z ]{3,}$|\d\s+\d|.{201}")
 
 @dataclass(frozen=True)
 class Thresholds:
@@ -39,6 +45,7 @@ def score(completion: str, label: list[dict] | str, kind: str = "objects", frame
 
     label: objects with "bbox_2d" and perhaps "point_2d", in coordinates that run to frame (width,
     height); or text, the number in counting, the answer in mathematics (perhaps one of `choices`).
+    kind: "count", "math", or else objects.
 
     >>> score('<answer>[{"bbox_2d": [0, 0, 50, 60]}]</answer>', [{"bbox_2d": [0, 0, 50, 50]}])
     {'thinking': 0.0, 'format': 1.0, 'accuracy': 2.0, 'non_repeat': 1.0}
@@ -50,114 +57,138 @@ def score(completion: str, label: list[dict] | str, kind: str = "objects", frame
     if kind == "math":
         right = predicted is not None and same_answer(predicted, label, choices)
         return components | {"format": float(predicted is not None), "accuracy": float(right)}
-    components |= score_objects(predicted, label, frame, thresholds)
-    return components | {"non_repeat": non_repeat(completion)}
+    components["format"] = format_score(predicted, label)
+    components["accuracy"] = accuracy_score(predicted, label, frame, thresholds)
+    components["non_repeat"] = non_repeat(completion)
+    return components
 
 def has_thinking(completion: str) -> bool:
     """Whether this is `<think>words</think>`, white space, `<answer>...</answer>` and no more."""
     text = r"((?:(?!</?(?:think|answer)>).)*)"          # any text without these tags
     found = re.fullmatch(rf"(?s)\s*<think>{text}</think>\s*<answer>{text}</answer>\s*", completion)
-    return found is not None and re.search(r"[^\W_]", found[1]) is not None
+    return bool(found and re.search(r"[^\W_]", found[1]))
 
 def non_repeat(completion: str) -> float:
     """1, or 0 if two or more sentences of the prose repeat; case and white space do not count."""
-    prose = re.sub(r"</?think>|[^\S\n]", "", split_completion(completion.casefold())[0])
-    # The point in 0.5 does not end a sentence.
-    sentences = re.findall(r"(?:[^.!?\n。！？]|(?<=\d)\.(?=\d))+", prose)
+    prose = split_completion(completion.casefold())[0]
+    sentences = SENTENCE.findall(re.sub(r"</?think>|[^\S\n]", "", prose))
     return float(len(sentences) - len(set(sentences)) < 2)
 
-def score_objects(predicted, label, frame, thresholds) -> dict[str, float]:
-    """Format and accuracy; a right number earns 3, but only 1 if the label lists objects."""
-    if predicted is None:
-        return {"format": 0.0, "accuracy": 0.0}
-    counts = [len(x) if isinstance(x, list) else int(x) for x in (predicted, label)]
-    right = float(counts[0] == counts[1])
+def format_score(predicted, label) -> float:
+    """0 to 2: how many of its two fields an object has, on average; 2 for a number."""
     if isinstance(predicted, str):
-        return {"format": 2.0, "accuracy": right if isinstance(label, list) else 3 * right}
-    # An object's length is its number of readable fields. A right "[]" earns full format too, or
-    # boxes where nothing is would earn more; a wrong one earns nothing.
-    readable = sum(map(len, predicted)) / len(predicted) if predicted else 2 * right
-    # Nothing to match? Then only the numbers of objects are compared.
-    if not predicted or not label or isinstance(label, str):
-        return {"format": readable, "accuracy": 3 * right}
-    # What is missing is NaN here, and no comparison with NaN is true.
-    nan = [np.nan] * 4
-    found = [[*item.get("bbox_2d", nan), *item.get("point_2d", nan[:2])] for item in predicted]
-    boxes, points = np.split(np.array(found), [4], axis=1)                           # (n, 4 and 2)
-    true = [[*item["bbox_2d"], *(item.get("point_2d") or nan[:2])] for item in label]
-    true_boxes, true_points = np.split(np.array(true), [4], axis=1)                  # (m, 4 and 2)
-    centres = (true_boxes[:, :2] + true_boxes[:, 2:]) / 2
-    true_points = np.where(np.isnan(true_points), centres, true_points)
-    scale = 840 / np.array(frame)
-    l1 = (abs(boxes[:, None] - true_boxes) * np.tile(scale, 2)).mean(axis=2)         # (n, m)
-    distance = np.linalg.norm((points[:, None] - true_points) * scale, axis=2)
+        return 2.0
+    if predicted:
+        return sum(map(len, predicted)) / len(predicted)
+    # A right "[]" earns all, or boxes where nothing is would earn more; a wrong one earns nothing.
+    return 2.0 if predicted == [] and count(label) == 0 else 0.0
+
+def accuracy_score(predicted, label, frame, thresholds) -> float:
+    """0 to 3: how well objects match objects; if a side has none, whether as many are meant."""
+    if isinstance(predicted, list) and isinstance(label, list) and predicted and label:
+        return match_score(predicted, label, frame, thresholds)
+    if predicted is None or count(predicted) != count(label):
+        return 0.0
+    # A bare number earns little where objects could be shown.
+    return 1.0 if isinstance(predicted, str) and isinstance(label, list) else 3.0
+
+def count(answer: list | str) -> int:
+    """How many objects an answer or a label lists or, as text, names."""
+    return int(answer) if isinstance(answer, str) else len(answer)
+
+def match_score(predicted, label, frame, thresholds) -> float:
+    """0 to 3: what the best matching of n predicted with m labelled objects earns."""
+    # What is missing earns nothing: a box without area, and a point outside of any box.
+    found = [[*item.get("bbox_2d", [0] * 4), *item.get("point_2d", [np.inf] * 2)]
+             for item in predicted]
+    wanted = []
+    for item in label:
+        x1, y1, x2, y2 = item["bbox_2d"]
+        # A label without a point means the centre of its box.
+        point = item.get("point_2d") or [(x1 + x2) / 2, (y1 + y2) / 2]
+        wanted.append([x1, y1, x2, y2, *point])
+    found = np.array(found)[:, None]                                          # (n, 1, 6)
+    wanted = np.array(wanted)                                                 # (m, 6)
+
+    offset = abs(found - wanted) * np.tile(840 / np.array(frame), 3)          # (n, m, 6)
+    l1 = offset[..., :4].mean(axis=2)                                         # (n, m)
+    distance = np.linalg.norm(offset[..., 4:], axis=2)                        # (n, m)
     # A box needs an area, and a point must lie in its own box, edge included.
-    is_box = (boxes[:, :2] < boxes[:, 2:]).all(axis=1)                               # (n,)
-    inside = ((boxes[:, :2] <= points) & (points <= boxes[:, 2:])).all(axis=1)
-    near = inside[:, None] & (distance < thresholds.point)
-    agree = [iou(boxes, true_boxes) > thresholds.iou, l1 < thresholds.box_l1, near]
-    gains = is_box[:, None] * np.sum(agree, axis=0)                                  # 0 to 3
-    total = 0
-    for pair in match(gains):
-        total += gains[pair]
+    low, high, point = np.split(found, 3, axis=2)                             # (n, 1, 2) each
+    has_area = (low < high).all(axis=2)                                       # (n, 1)
+    inside = ((low <= point) & (point <= high)).all(axis=2)                   # (n, 1)
+    near = inside & (distance < thresholds.point)
+    overlap = iou(found[..., :4], wanted[:, :4])
+    agree = [overlap > thresholds.iou, l1 < thresholds.box_l1, near]
+    gains = has_area * np.sum(agree, axis=0)                                  # (n, m), 0 to 3
+    total = sum(gains[pair] for pair in match(gains))
     # Divided by the larger number, an object too many costs as much as one too few.
-    return {"format": readable, "accuracy": float(total / max(gains.shape))}
+    return float(total / max(gains.shape))
 
 def iou(boxes_a, boxes_b) -> np.ndarray:
     """Intersection over union of boxes (n, 4) with boxes (m, 4), x2 - x1 wide: (n, m)."""
-    a = np.reshape(boxes_a, (-1, 1, 4))
-    b = np.reshape(boxes_b, (1, -1, 4))
-    sides = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])  # (n, m, 2)
+    low_a, high_a = np.split(np.reshape(boxes_a, (-1, 1, 4)), 2, axis=2)      # (n, 1, 2) corners
+    low_b, high_b = np.split(np.reshape(boxes_b, (1, -1, 4)), 2, axis=2)      # (1, m, 2)
+    sides = np.minimum(high_a, high_b) - np.maximum(low_a, low_b)             # (n, m, 2)
     intersection = sides.clip(0).prod(axis=2)
-    areas = (a[..., 2:] - a[..., :2]).prod(axis=2) + (b[..., 2:] - b[..., :2]).prod(axis=2)
-    return intersection / np.maximum(areas - intersection, 1e-12)        # two empty boxes: 0
+    areas = (high_a - low_a).prod(axis=2) + (high_b - low_b).prod(axis=2)
+    # Two empty boxes have 0.
+    return intersection / np.maximum(areas - intersection, 1e-12)
 
 def match(gains) -> list[tuple[int, int]]:
     """(row, column) pairs of integer gains (n, m) >= 0, one-to-one, with the largest sum; none 0.
 
+    The Hungarian method (Kuhn 1955), by shortest augmenting paths (Jonker and Volgenant 1987).
+
     >>> match([[3, 2], [3, 0]])      # 2 + 3 beats 3 + 0
     [(0, 1), (1, 0)]
     """
-    def augment(row: int) -> bool:
-        # Match the row by a path of tight pairs that may move other rows; free columns come first.
-        for column in sorted(tight[row] - visited, key=row_of.__contains__):
-            if column not in visited:
-                visited.add(column)
-                if column not in row_of or augment(row_of[column]):
-                    row_of[column] = row
-                    return True
-        return False
-    # The Hungarian method (Kuhn 1955). Row price + column price >= gain, with equality if matched.
-    # So no matching gains more than all prices, and in the end, when all that is free has price 0,
-    # this one gains as much.
-    gains = np.asarray(gains).astype(int)
-    row_price = np.full(gains.shape[0], gains.max(initial=0))
-    column_price = np.zeros(gains.shape[1], int)
-    row_of = {}                      # column -> the row it is matched with
-    failed = range(gains.shape[0])
-    for _ in range(gains.max(initial=0)):
-        slack = row_price[:, None] + column_price - gains
-        tight = [set(np.flatnonzero(row == 0).tolist()) for row in slack]
-        free_rows, failed = failed, []
-        dead_ends = set()            # columns from which no path leads to a free column
-        for row in free_rows:
-            visited = set(dead_ends)
-            if not augment(row):
-                failed.append(row)
-                dead_ends = visited
-        # Lower the price of the rows that compete for these columns; raise the columns'.
-        row_price[failed + list(map(row_of.get, dead_ends))] -= 1
-        column_price[list(dead_ends)] += 1
-    return sorted(zip(row_of.values(), row_of.keys()))
+    gains = np.asarray(gains, float)
+    n, m = gains.shape
+    if n > m:
+        return sorted((row, column) for column, row in match(gains.T))
+    # The largest gain costs 0. One row after the other gets a column.
+    costs = gains.max(initial=0) - gains
+    column_of = np.full(n, -1)
+    row_of = np.full(m, -1)
+    for new_row in range(n):
+        # Dijkstra's shortest path from the new row to a free column: a taken one can be had at the
+        # cost of moving its row to another.
+        distance = costs[new_row].copy()
+        came_from = np.full(m, new_row)
+        # Of equally near columns, a free one comes first. None is visited twice.
+        handicap = np.where(row_of < 0, 0, 0.5)
+        column = np.argmin(distance + handicap)
+        while row_of[column] >= 0:
+            row = row_of[column]
+            handicap[column] = np.inf
+            through = distance[column] + costs[row]
+            shorter = through < distance
+            distance[shorter] = through[shorter]
+            came_from[shorter] = row
+            column = np.argmin(distance + handicap)
+        # What is added to a whole row or column (its "potential") changes no matching's rank. It
+        # makes every pair of the path cost 0, as matched pairs do, and none less than 0.
+        surplus = np.maximum(distance[column] - distance, 0)
+        costs += surplus
+        costs[:new_row] -= surplus[column_of[:new_row], None]
+        costs[new_row] -= distance[column]
+        # Back along the path, each row takes the column it led to, and leaves its own.
+        while column >= 0:
+            row = came_from[column]
+            row_of[column] = row
+            column_of[row], column = column, column_of[row]
+    return [(row, column) for row, column in enumerate(column_of.tolist()) if gains[row, column]]
 
 def split_completion(completion: str) -> tuple[str, str | None]:
     """The prose before the last `<answer>` outside thinking, and the answer, None if not closed."""
     # NUL hides thinking: no answer starts there, and JSON forbids it inside an answer.
     visible = re.sub(r"(?s)<think>.*?(?:</think>|\Z)", lambda t: "\0" * len(t[0]), completion)
-    before, opened, rest = visible.rpartition("<answer>")
+    prose, opened, rest = visible.rpartition("<answer>")
+    if not opened:
+        return completion, None
     answer, closed, _ = rest.partition("</answer>")
-    prose = completion[:len(before)] if opened else completion
-    return prose, answer if opened and closed else None
+    return completion[:len(prose)], answer if closed else None
 
 def read_answer(completion: str, kind: str = "objects") -> list[dict] | str | None:
     """The answer as text, or as objects with their readable fields alone; None if malformed."""
@@ -167,32 +198,76 @@ def read_answer(completion: str, kind: str = "objects") -> list[dict] | str | No
     if kind == "count" and re.fullmatch(r"\s*[0-9]{1,4}\s*", text):
         return str(int(text))
     try:
+        # Every number becomes a float; NaN and Infinity are errors.
         objects = json.loads(text, parse_int=float, parse_constant=int)
-    except (ValueError, RecursionError):     # not JSON, NaN, or nested too deep
+    except (ValueError, RecursionError):     # not JSON, or nested too deep
         return None
-    if type(objects) is not list or len(objects) > MAX_OBJECTS or set(map(type, objects)) - {dict}:
+    if not isinstance(objects, list) or len(objects) > MAX_OBJECTS:
         return None
     for index, found in enumerate(objects):
+        if not isinstance(found, dict):
+            return None
         objects[index] = {}
         for name, length in (("bbox_2d", 4), ("point_2d", 2)):
-            numbers = found.get(name)        # any number is a float by now, but true is not
+            numbers = found.get(name)
+            # Any number is a float by now, but true is not.
             if isinstance(numbers, list) and list(map(type, numbers)) == [float] * length:
                 if max(map(abs, numbers)) <= 100_000:
                     objects[index][name] = numbers
     return objects
 
 def same_answer(predicted: str, label: str, choices=()) -> bool:
-    """Whether two answers say the same, as plain text or to math-verify. Never raises."""
-    options = dict(zip(ascii_uppercase, choices))
-    texts = []
-    for text in (label, predicted):
-        text = re.sub(r"^\\boxed\{(.*)\}[\s.]*$", r"\1", text.strip()).strip().rstrip(" .")
-        # The letter of a choice stands for its text.
-        texts.append(options.get(text.strip("()").upper(), text))
+    """Whether two answers are the same choice or text, or equal to math-verify within a second."""
+    texts = [meaning(label, choices), meaning(predicted, choices)]
     if texts[0].casefold() == texts[1].casefold():
         return True
-    if COSTLY.search(texts[0]) or COSTLY.search(texts[1]):
+    if NO_FORMULA.search(texts[0]) or NO_FORMULA.search(texts[1]):
         return False
-    from math_verify import LatexExtractionConfig, parse, verify
-    read = [parse(f"${text}$", [LatexExtractionConfig()], parsing_timeout=3) for text in texts]
-    return verify(*read, timeout_seconds=3)
+    judge = start_judge(os.getpid(), threading.get_ident())
+    print(json.dumps(texts), file=judge.stdin, flush=True)
+    verdict = judge.stdout.readline()
+    if not verdict:
+        raise RuntimeError("math-verify does not run: pip install math-verify")
+    return verdict == "True\n"
+
+def meaning(answer: str, choices) -> str:
+    """An answer in plain characters, without its box; the text of a choice for letter or index."""
+    text = plain(re.sub(r"^\\boxed\{((?!.*\\boxed).*)\}[\s.]*$", r"\1", answer.strip()))
+    options = list(map(plain, choices))
+    names = dict(zip(ascii_uppercase, options))
+    # Among choices that have numbers, a number is no index.
+    if not re.search(r"\d", "".join(options)):
+        names |= dict(zip(map(str, range(26)), options))
+    # Texts go before letters: the choices may be points A, B, ... in another order.
+    return text if text in options else names.get(text.strip("()").upper(), text)
+
+def plain(text: str) -> str:
+    """A text in the characters that math-verify knows, without white space and points around it."""
+    return text.translate(CHARACTERS).strip().rstrip(" .")
+
+@cache
+def start_judge(process: int, thread: int) -> Popen:
+    """Start a process that runs judge() for the thread that asks, and for no other."""
+    return Popen([sys.executable, __file__], stdin=PIPE, stdout=PIPE, stderr=DEVNULL, text=True,
+                 start_new_session=True)
+
+def judge() -> None:
+    """Write True or False for each label and answer that standard input has as a line of JSON."""
+    # A job that is told to end still finishes its step.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    from math_verify import parse, verify
+    # A child judges. The kernel's alarm ends it even in 9^{9^{9^9}}, a single step in which Python
+    # handles no signals. Then that pair is not equal, and another child goes on.
+    while os.fork():
+        if os.wait()[1] == 0:
+            return
+        print(False, flush=True)
+    for line in sys.stdin:
+        signal.setitimer(signal.ITIMER_REAL, 0.8)
+        gold, answer = [parse(f"${text}$", parsing_timeout=None) for text in json.loads(line)]
+        equal = verify(gold, answer, timeout_seconds=None)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        print(equal, flush=True)
+
+if __name__ == "__main__":
+    judge()

@@ -1,14 +1,16 @@
-"""What several test files need: the repository on the path, and small random checkpoints that transformers wrote."""
+"""What several test files need: the repository and extras/ on the path, and small random checkpoints that
+transformers wrote."""
 
 import os
 import re
+import signal
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "extras")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded by a test
 
 import pytest
@@ -85,6 +87,14 @@ def read_log(path: Path) -> str:
     return re.sub(r'"(rollout|update)_seconds": [^,}]+, ', "", path.read_text())
 
 
+def hear_signals():
+    """Handle signals as a program does that a terminal started: nohup and a script's background have some ignored,
+    and every child inherits that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory):
     """reference(family, tied) -> (transformers' network, the directory it was saved in); made once a session."""
@@ -102,11 +112,16 @@ def reference(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def no_process_group():
-    """A program that ends with a mistake leaves its process group to the end of its process."""
+def nothing_left():
+    """Programs leave their process group and their signal handlers to the end of the process, and pytest lives on."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
 
 
 @pytest.hookimpl(wrapper=True)

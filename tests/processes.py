@@ -14,12 +14,12 @@ import time
 from pathlib import Path
 
 import torch
-from conftest import ROOT
+from conftest import ROOT, hear_signals
 from torch.distributed import TCPStore
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["ranks"])
-PATHS = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+PATHS = [str(ROOT), str(ROOT / "tests"), str(ROOT / "extras"), os.environ.get("PYTHONPATH", "")]
 os.environ["PYTHONPATH"] = os.pathsep.join(PATHS)
 NOTICE = 1.0  # seconds between a rank's failure and SIGTERM for the others
 GRACE = 3.0  # seconds between that and SIGKILL; torchrun's agent gives 30
@@ -86,6 +86,7 @@ class Ranks:
 
 
 def run_rank(rank, world, port, output, send, target, args):
+    hear_signals()
     with open(output, "ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

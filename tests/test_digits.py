@@ -9,12 +9,10 @@ import pytest
 from conftest import ROOT
 
 import data
-import rewards
-from data import TASKS, Processor, load_samples
-
-sys.path.insert(0, str(ROOT / "extras"))
 import make_digits
 import make_tiny
+import rewards
+from data import TASKS, Processor, load_samples
 
 DIGITS = TASKS["digits"]
 

@@ -177,8 +177,9 @@ def anomaly_results(answers):
     return [result(box if says else [], box if is_one else []) for says, is_one in answers]
 
 
-def test_roc_auc_equals_scikit_learns_and_a_count_of_pairs():
-    """As calculate_acc_auc.py does it: the score is whether anything was found."""
+def test_roc_auc_equals_a_count_of_pairs():
+    """As calculate_acc_auc.py does it: the score is whether anything was found. The area under the curve is the share
+    of pairs, one of each class, that the score puts in order; a tie counts half."""
     rng = np.random.default_rng(0)
     for _ in range(30):
         answers = list(zip((rng.random(20) < 0.6).tolist(), (rng.random(20) < 0.4).tolist()))
@@ -186,8 +187,6 @@ def test_roc_auc_equals_scikit_learns_and_a_count_of_pairs():
         pairs = [(a > b) + (a == b) / 2 for a, p in answers if p for b, q in answers if not q]
         assert found["ROC-AUC"] == pytest.approx(np.mean(pairs))
         assert found["anomaly_acc"] == pytest.approx(np.mean([a == p for a, p in answers]))
-    metrics = pytest.importorskip("sklearn.metrics")
-    assert found["ROC-AUC"] == pytest.approx(metrics.roc_auc_score([p for _, p in answers], [a for a, _ in answers]))
     assert measured("anomaly", anomaly_results([(True, True), (False, True)]))["ROC-AUC"] is None
 
 

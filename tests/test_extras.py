@@ -21,8 +21,6 @@ from PIL import Image
 import data
 import eval as evaluation
 import model
-
-sys.path.insert(0, str(ROOT / "extras"))
 import report
 
 EVIL = ("</script><script>alert(1)</script><img src=http://evil.example/x onerror=alert(1)>\"'&amp; $x^{$ 😀 שלום "

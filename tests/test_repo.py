@@ -25,6 +25,9 @@ REQUIRED = {"torch", "transformers", "safetensors", "PIL", "numpy", "tqdm", "hug
 OPTIONAL = {"datasets", "math_verify"}
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = (ROOT / "README.md").read_text()
+# Folder by folder: a virtual environment in the checkout is nobody's source.
+PROGRAMS = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "extras").glob("*.py"))]
+TESTS = sorted((ROOT / "tests").glob("*.py"))
 
 
 def source(file: str) -> str:
@@ -44,7 +47,7 @@ def imports(file: str) -> set[str]:
 
 @pytest.mark.parametrize("file", FILES)
 def test_the_six_files_import_downwards_and_nothing_else_of_ours(file):
-    ours = {path.stem for path in ROOT.glob("**/*.py")} | {"extras", "tests", "assets", "docs"}
+    ours = {path.stem for path in [*PROGRAMS, *TESTS]} | {"extras", "tests", "assets", "docs"}
     assert imports(file) & ours <= BELOW[file]
     outside = imports(file) - set(sys.stdlib_module_names) - ours
     assert outside <= REQUIRED | OPTIONAL
@@ -59,11 +62,24 @@ def test_optional_packages_are_imported_where_they_are_needed(file):
     assert not names & OPTIONAL
 
 
+def test_extras_do_not_need_the_tests():
+    """They are programs for users, who may have no tests."""
+    tests = {path.stem for path in TESTS} | {"tests", "pytest"}
+    for path in PROGRAMS:
+        assert not imports(str(path)) & tests, path.name
+
+
 def count_lines(file: str) -> int:
     return source(file).count("\n")
 
 
+def full_lines(file: str) -> list[str]:
+    """The lines that are not blank."""
+    return [line for line in source(file).splitlines() if line.strip()]
+
+
 def test_the_six_files_are_about_two_thousand_lines():
+    assert sum(len(full_lines(file)) for file in FILES) <= 2_000
     assert sum(map(count_lines, FILES)) <= 2_200
 
 
@@ -77,10 +93,10 @@ def test_the_readme_tells_the_files_lengths():
 def test_functions_are_short_lines_narrow_and_statements_plain(file):
     text = source(file)
     nodes = list(ast.walk(ast.parse(text)))
-    full = [line for line in text.splitlines() if line.strip()]
+    full = full_lines(file)
     for node in nodes:
         if isinstance(node, ast.FunctionDef):
-            assert node.end_lineno - node.lineno < 60, node.name
+            assert node.end_lineno - node.lineno < 50, node.name
     assert max(map(len, full)) <= 100
     named = [node for node in nodes if isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda)]
     assert not named, "a named lambda is a function"
@@ -95,78 +111,78 @@ def test_functions_are_short_lines_narrow_and_statements_plain(file):
 
 
 def test_comments_say_why_often_enough():
-    """About one line in twelve of the code is a comment of its own."""
-    lines = [line.strip() for file in FILES for line in source(file).splitlines() if line.strip()]
+    """At least seven in a hundred lines are a comment alone."""
+    lines = [line.strip() for file in FILES for line in full_lines(file)]
     comments = [line for line in lines if line.startswith("#")]
-    assert len(comments) >= len(lines) / 16
+    assert len(comments) >= 0.07 * len(lines)
 
 
-@pytest.mark.parametrize("name", ["visurf", "rewards", "data", "eval"])
-def test_docstring_examples(name):
-    results = doctest.testmod(importlib.import_module(name))
-    assert results.failed == 0
+@pytest.mark.parametrize("path", [path for path in PROGRAMS if ">>>" in path.read_text()], ids=lambda path: path.name)
+def test_docstring_examples(path):
+    results = doctest.testmod(importlib.import_module(path.stem))
+    assert results.attempted > 0 and results.failed == 0
 
 
-@pytest.mark.parametrize("name, call", [
-    ("visurf", "import torch; print(visurf.group_advantages(torch.eye(2)))"),
-    ("rewards", "print(rewards.score('<answer>[]</answer>', []))"),
-    ("model", "print(model.load_pretrained(CHECKPOINT).stop_tokens)"),
+@pytest.mark.parametrize("name, call, printed", [
+    ("visurf", "visurf.align_label([{'point_2d': [7, 8]}], 'tight lists')", '<answer>[{"point_2d": [7,8]}]</answer>'),
+    ("rewards", "rewards.has_thinking('<think>I see it</think><answer>[]</answer>')", "True"),
+    ("model", "type(model.load_pretrained(CHECKPOINT)).__name__", "GroupPolicy"),
 ])
-def test_a_file_copied_alone_works(tmp_path, name, call):
+def test_a_file_copied_alone_works(tmp_path, name, call, printed):
     shutil.copy(ROOT / f"{name}.py", tmp_path)
-    checkpoint = str(ROOT / "assets" / "tiny-qwen2-vl")
-    result = subprocess.run([sys.executable, "-c", f"CHECKPOINT = {checkpoint!r}; import {name}; {call}"],
-                            cwd=tmp_path, capture_output=True, text=True, env={"PATH": "", "HOME": str(tmp_path)})
+    code = f"import {name}; CHECKPOINT = {str(ROOT / 'assets/tiny-qwen2-vl')!r}; print({call})"
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                            env={"PATH": "", "HOME": str(tmp_path)})
     assert result.returncode == 0, result.stderr
-    assert result.stdout.strip()
+    assert result.stdout == f"{printed}\n"
 
 
 def test_the_six_files_and_assets_are_the_whole_flow(tmp_path):
-    """A copy without extras/, docs/ and tests/ trains with one process and with two, and evaluates."""
+    """A copy without extras/, docs/ and tests/ trains and evaluates, with the commands as a user types them."""
     for file in FILES:
         shutil.copy(ROOT / file, tmp_path)
     shutil.copytree(ROOT / "assets", tmp_path / "assets")
-    small = ["--max_steps", "1", "--batch_size", "2", "--num_generations", "2"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    for command in (
-            [sys.executable, "train.py", *small],
-            [*torchrun, "train.py", *small, "--output_dir", "runs/two"],
-            [sys.executable, "eval.py", "--limit", "2", "--model", "runs/two/checkpoint-1"]):
-        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    for command, printed in (
+            ("train.py --max_steps 1 --batch_size 2 --num_generations 2", r"step +1/1 .*reward"),
+            ("eval.py --limit 2 --model runs/digits-visurf/checkpoint-1", r"^samples +2$")):
+        result = subprocess.run([sys.executable, *command.split()], cwd=tmp_path, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
+        assert re.search(printed, result.stdout, re.MULTILINE)
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+EXAMPLES = re.compile(r"```python\n(.*?)```", re.DOTALL)
+
+
+@pytest.mark.parametrize("document", [path for path in DOCUMENTS if EXAMPLES.search(path.read_text())],
+                         ids=lambda path: path.name)
 def test_the_documents_python_runs(document, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for block in re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL):
+    for block in EXAMPLES.findall(document.read_text()):
         exec(block, {})
 
 
 def test_every_flag_the_documents_name_exists(capsys):
     import torch.distributed.run
 
-    import bench
     import eval as evaluation
-    import study
     import train
 
     known = set(re.findall(r"--[\w-]+", torch.distributed.run.get_args_parser().format_help()))
-    for command in (train, evaluation, bench, study):
+    for command in (train, evaluation):
         with pytest.raises(SystemExit):
             command.main(["--help"])
         known |= set(re.findall(r"--[\w-]+", capsys.readouterr().out))
-    for script in (ROOT / "extras").glob("*.py"):
-        known |= set(re.findall(r"\"(--[\w-]+)\"", script.read_text()))
+    for path in PROGRAMS:
+        known |= set(re.findall(r"add_argument\(\s*\"(--[\w-]+)\"", path.read_text()))
     for document in DOCUMENTS:
         named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", document.read_text()))
         assert named <= known, f"{document.name}: {named - known}"
 
 
-def test_every_file_the_documents_name_exists():
-    for document in DOCUMENTS:
-        text = document.read_text()
-        for path in re.findall(r"`((?:assets|docs|extras|tests)/[\w./-]*)`", text):
-            assert (ROOT / path).exists(), f"{document.name}: {path}"
-        for path in re.findall(r"\]\((?!http)([\w./-]+)\)", text):
-            assert (document.parent / path).exists(), f"{document.name}: {path}"
+def test_every_file_that_documents_and_programs_name_exists():
+    for path in [*DOCUMENTS, *PROGRAMS]:
+        for named in re.findall(r"(?<![\w/.-])(?:assets|docs|extras|tests|\.ci)/[\w./-]*\w", path.read_text()):
+            assert (ROOT / named).exists(), f"{path.name}: {named}"
+    for path in DOCUMENTS:
+        for link in re.findall(r"\]\((?!http)([\w./-]+)\)", path.read_text()):
+            assert (path.parent / link).exists(), f"{path.name}: {link}"

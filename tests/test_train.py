@@ -4,17 +4,14 @@ import fcntl
 import json
 import math
 import os
-import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import ranks
 import torch
-from conftest import ROOT, read_log
+from conftest import ROOT, hear_signals, read_log
 from safetensors.torch import load_file
 
 import data
@@ -115,14 +112,6 @@ def test_a_run_leaves_a_checkpoint_and_logs(tmp_path, capsys, method):
     before = model.load_pretrained(TINY).state_dict()
     after = model.load_pretrained(directory / "checkpoint-2").state_dict()
     assert any(not torch.equal(before[name].bfloat16(), after[name]) for name in before)
-
-
-def test_python_train_py_as_a_user_types_it(tmp_path):
-    command = [sys.executable, str(ROOT / "train.py"), *FAST, "--max_steps", "1"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert re.search(r"step    1/1 .*reward", result.stdout)
-    assert (tmp_path / "runs/digits-visurf/checkpoint-1").is_dir()
 
 
 SHARED = ROOT.parent / "shared" / "data"
@@ -608,8 +597,7 @@ def test_a_signal_at_any_time_saves_and_leaves(tmp_path, capsys, monkeypatch, nu
         return function(*args, **kwargs)
 
     monkeypatch.setattr(train, when, send_before)
-    # In the background of a shell, a process is born deaf to it.
-    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_DFL)
+    hear_signals()
     flags = "--max_steps", 2, "--save_steps", 1
     line = expect_exit(tmp_path, capsys, *flags, code=128 + number)
     assert line == f"train.py: stopped by {signal.Signals(number).name}; --resume continues"
@@ -623,9 +611,8 @@ def test_a_signal_at_any_time_saves_and_leaves(tmp_path, capsys, monkeypatch, nu
 
 def test_a_run_under_nohup_outlives_its_terminal(tmp_path):
     """nohup has SIGHUP ignored, and the run must not start to listen to it."""
-    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        run(tmp_path, "--max_steps", 1)
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, previous)
+    hear_signals()
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    run(tmp_path, "--max_steps", 1)
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL

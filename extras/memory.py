@@ -1,6 +1,6 @@
 """How much memory a GPU needs, and what goes over the wire: the table of docs/many_gpus.md.
 
-    python tests/memory.py
+    python extras/memory.py
 
 Counted are the parts that grow with the network or the batch. The text is Qwen2's: L layers of
 width D. tests/test_distributed.py compares `traffic` with what two processes exchange.

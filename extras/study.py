@@ -1,8 +1,8 @@
 """The study: does one stage with injected labels beat supervision, reinforcement, and the two in sequence?
 
-    python tests/study.py                     # everything; what is done is not done again
-    python tests/study.py --parts steps       # one part of it: search, steps, compute, controls
-    python tests/study.py --report            # tables and figure again; of the published results, if there are no own
+    python extras/study.py                     # everything; what is done is not done again
+    python extras/study.py --parts steps       # one part of it: search, steps, compute, controls
+    python extras/study.py --report            # tables and figure again; of the published results, if there are no own
 
 Four methods on the built-in task, from two base checkpoints that differ by their seed:
 
@@ -42,11 +42,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data
 import eval as evaluate
+import make_tiny
 import model
 import rewards
 import train
-from extras import make_tiny
-from extras.make_digits import QUESTIONS, SPLITS, draw
+from make_digits import QUESTIONS, SPLITS, draw
 
 # ---- Settings, fixed before the runs they are for --------------------------------------------------------------------
 

@@ -1,8 +1,8 @@
 """Speed and memory of ViSurf's sampler and update, beside transformers doing the same work.
 
-    python tests/bench.py                                # everything; about 45 minutes on two cores
-    python tests/bench.py sampling update --size small   # some sections, one network size
-    python tests/bench.py --cuda                         # the part for a GPU: shapes of Qwen2-VL-2B and 7B, bfloat16
+    python extras/bench.py                                # everything; about 45 minutes on two cores
+    python extras/bench.py sampling update --size small   # some sections, one network size
+    python extras/bench.py --cuda                         # the part for a GPU: shapes of Qwen2-VL-2B and 7B, bfloat16
 
 Both sides load one random checkpoint and get the same inputs, alternately, in this process, after a check that they
 compute the same thing. transformers runs with every setting that could help it, each is timed, and the fastest one
