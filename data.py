@@ -9,6 +9,7 @@ frame, a (width, height): that of the original image, of the resized one, or (10
 
 import base64
 import json
+import math
 import os
 import re
 from collections.abc import Callable
@@ -115,7 +116,7 @@ def load_samples(source, task: Task, split="train", limit=0, skip_bad_rows=False
     """Read and check the samples of a source, or the first `limit`; images are decoded later.
 
     source: a .jsonl or .parquet file, a folder, a hub id, or None for the task's own data. The
-    first bad row raises UserError, with file and row; skipped ones are counted in a printed line.
+    first bad row raises DataError, with file and row; skipped ones are counted in a printed line.
     """
     require(task.kind != "math" or find_spec("math_verify"),
             f"--task {task.name} compares answers with math-verify: pip install math-verify")
@@ -124,17 +125,20 @@ def load_samples(source, task: Task, split="train", limit=0, skip_bad_rows=False
     path = Path(source)
     if (path / f"{split}.jsonl").is_file():
         path = path / f"{split}.jsonl"
-    is_lines = path.is_file() and path.suffix == ".jsonl"
-    rows = path.read_bytes().splitlines() if is_lines else open_table(path, split)
+    if path.suffix == ".jsonl" and path.is_file():
+        rows = path.read_bytes().splitlines()
+    else:
+        rows = open_table(path, split)
 
     samples = []
     bad_rows = 0
     for number in range(len(rows)):
         if limit and len(samples) == limit:
             break
+        if rows[number] == b"":
+            continue
         try:
-            if rows[number]:
-                samples.append(read_sample(rows, number, path, task))
+            samples.append(read_sample(rows, number, path, task))
         # Python's own messages are useful too: "too many values to unpack".
         except (ValueError, TypeError, ArithmeticError, RecursionError) as error:
             require(skip_bad_rows, f"{path}, row {number + 1}: {error}; see --skip_bad_rows",
@@ -157,9 +161,8 @@ def open_table(path: Path, split: str):
             # Only this split's files: other splits may have other columns.
             files = [str(path)]
             if path.is_dir():
-                pattern = rf"(?<![a-z]){split}[^a-z]"
                 files = [str(file) for file in sorted(path.rglob("*.parquet"))
-                         if re.search(pattern, str(file.relative_to(path)))]
+                         if re.search(rf"(?<![a-z]){split}[^a-z]", str(file.relative_to(path)))]
             table = datasets.load_dataset("parquet", data_files=files, split="train")
         else:
             # Not by its name: for a hub that fails, `datasets` would wait half a minute.
@@ -173,7 +176,7 @@ def open_table(path: Path, split: str):
     return table.with_format("arrow")
 
 def read_row(rows, number: int) -> dict:
-    """One row of a table, or of the lines of a file."""
+    """One row of a table, or of a file's lines."""
     row = json.loads(rows[number]) if isinstance(rows, list) else rows[number].to_pylist()[0]
     require(isinstance(row, dict), "not a JSON object")
     return row
@@ -184,7 +187,7 @@ def read_sample(rows, number: int, path: Path, task: Task) -> Sample:
     # EasyR1 writes <image> where the image goes.
     question = str(row.get("problem") or row.get("text") or "").replace("<image>", "").strip()
     require(question, "no 'problem' or 'text', or an empty one")
-    choices = list(map(str, row.get("choices") or []))
+    choices = [str(choice) for choice in row.get("choices") or []]
     require(len(choices) <= len(ascii_uppercase), "more than 26 choices")
     if choices:
         question += "\nChoices: " + ", ".join(map("{}. {}".format, ascii_uppercase, choices))
@@ -192,15 +195,19 @@ def read_sample(rows, number: int, path: Path, task: Task) -> Sample:
     image = partial(find_image, rows, number, path if path.is_dir() else path.parent)
     stored = open_image(image, only_size=True)
     original = (int(row.get("img_width") or stored[0]), int(row.get("img_height") or stored[1]))
-    # The authors' training rows ("problem") are in pixels of the image as stored, their test rows
-    # ("text") in the original's.
-    frame = row.get("frame") or (original if row.get("problem") is None else stored)
+    # The authors write labels for training ("problem") in pixels of the image as it is stored, and
+    # those for tests ("text") in pixels of the original.
+    pixels = original if row.get("problem") is None else stored
+    frame = row.get("frame") or pixels
     for width, height in (frame, original):
         # Not too large either: eval.py paints masks of this size.
         require(width > 0 and height > 0 and width * height < 2e8,
                 "a frame or size is two positive numbers, of at most 200 megapixels in all")
 
-    label = read_label(row, task, frame)
+    label = read_label(row, task)
+    if isinstance(label, list):
+        for found in label:
+            check_object(found, frame, has_frame=bool(row.get("frame")))
     # <|image_pad|> would be one more image, and half a surrogate pair has no tokens.
     require(not re.search(r"<\|.*?\|>|[\ud800-\udfff]", f"{question} {label}"),
             "a control token or half a character in the question or the answer")
@@ -208,36 +215,35 @@ def read_sample(rows, number: int, path: Path, task: Task) -> Sample:
     name = str(row.get("id") or row.get("image_id") or where)
     return Sample(name, question, image, label, tuple(frame), original, where, choices)
 
-def read_label(row: dict, task: Task, frame) -> list[dict] | str:
-    """Check a label: text, or objects, which are cut to the frame; every one gets a point."""
+def read_label(row: dict, task: Task) -> list[dict] | str:
+    """A row's label, read as an answer is: what no completion could say is no label."""
     columns = [name for name in task.columns if row.get(name) is not None]
     require(columns, f"no {' or '.join(map(repr, task.columns))}")
     value = row[columns[0]]
-    text = value if isinstance(value, str) else json.dumps(value)
     if isinstance(value, list) and not any(isinstance(found, dict) for found in value):
-        boxes = np.reshape(value, (-1, 4)).tolist()          # one flat box, or a list of boxes
-        text = json.dumps([{"bbox_2d": box} for box in boxes])
-    # Labels are read like answers: no rollout could match an unreadable one. Tables with gaps
-    # hold counts as 24.0.
+        # One flat box, or a list of boxes.
+        value = [{"bbox_2d": box} for box in np.reshape(value, (-1, 4)).tolist()]
+    # Some columns hold the objects, others their JSON text; an answer is a text.
+    text = value if isinstance(value, str) else json.dumps(value)
+    # Tables with gaps hold counts as 24.0.
     label = rewards.read_answer(f"<answer>{text.removesuffix('.0')}</answer>", task.kind)
     require(label is not None, f"no label that {task.name} can read: {text:.80}")
-    if isinstance(label, str):
-        return label
-
-    for found in label:
-        require("bbox_2d" in found, f"bbox_2d is four numbers: {text:.80}")
-        corners = np.reshape(found["bbox_2d"], (2, 2))
-        point = np.asarray(found.get("point_2d", corners.mean(axis=0)))
-        valid = (corners[0] < corners[1]) & (corners[0] <= point) & (point <= corners[1])
-        valid &= (corners[0] < frame) & (corners[1] > 0)
-        require(valid.all(), f"a box is inside out, or without its point, or outside its image of "
-                             f"{frame[0]} x {frame[1]}: {found}")
-        require(corners.max() > 1 or row.get("frame"),
-                f'for shares of the image, add "frame": [1, 1] to the row: {found}')
-        # Labels overshoot their image by a pixel now and then.
-        found["bbox_2d"] = corners.clip(0, frame).ravel().tolist()
-        found["point_2d"] = point.clip(0, frame).tolist()
     return label
+
+def check_object(found: dict, frame, has_frame: bool):
+    """Check a labelled object, cut it to its frame, and give it a point if it has none."""
+    require("bbox_2d" in found, f"bbox_2d is four numbers: {found}")
+    corners = np.reshape(found["bbox_2d"], (2, 2))
+    point = np.asarray(found.get("point_2d", corners.mean(axis=0)))
+    valid = (corners[0] < corners[1]) & (corners[0] <= point) & (point <= corners[1])
+    valid &= (corners[0] < frame) & (corners[1] > 0)
+    require(valid.all(), f"a box is inside out, or without its point, or outside its image of "
+                         f"{frame[0]} x {frame[1]}: {found}")
+    require(corners.max() > 1 or has_frame,
+            f'for shares of the image, add "frame": [1, 1] to the row: {found}')
+    # Labels overshoot their image by a pixel now and then.
+    found["bbox_2d"] = corners.clip(0, frame).ravel().tolist()
+    found["point_2d"] = point.clip(0, frame).tolist()
 
 
 # ---- Images and geometry -------------------------------------------------------------------------
@@ -281,13 +287,13 @@ def move_objects(objects, src_frame, dst_frame, round_to_int: bool = False):
     [{'bbox_2d': [100, 25, 500, 500]}]
     """
     def move(numbers):
-        corners = np.reshape(numbers, (-1, 2)) * dst_frame / src_frame
+        corners = np.reshape(numbers, (-1, 2)) * dst_frame / src_frame      # of a point: itself
         if round_to_int:
             corners = corners.round().astype(int)
-        if round_to_int and len(corners) == 2:
-            # A box that rounds to nothing stays 1 wide or high, inside its frame.
-            corners[0] = np.minimum(corners[0], np.subtract(dst_frame, 1))
-            corners[1] = np.maximum(corners[1], corners[0] + 1)
+            if len(corners) == 2:
+                # A box that rounds to nothing stays 1 wide or high, inside its frame.
+                corners[0] = np.minimum(corners[0], np.subtract(dst_frame, 1))
+                corners[1] = np.maximum(corners[1], corners[0] + 1)
         return corners.ravel().tolist()
 
     if isinstance(objects, str):
@@ -310,7 +316,7 @@ class Example:
 class Processor:
     """Turns samples into a checkpoint's inputs, and completions into text and rewards."""
 
-    def __init__(self, path, task: Task, image_size=None, max_prompt_length=None):
+    def __init__(self, path, task: Task, image_size=None, max_prompt_length=math.inf):
         """Read the files beside a checkpoint's weights; image_size replaces the task's."""
         from transformers import AutoTokenizer, Qwen2VLImageProcessorPil     # takes seconds
         self.task = task
@@ -347,23 +353,29 @@ class Processor:
         except ValueError as error:
             raise DataError(f"{sample.where}: {error}") from None
         _, rows, columns = inputs["image_grid_thw"][0].tolist()
-        frame = (columns * patch, rows * patch) if self.coordinates == "pixels" else (1000, 1000)
+        frame = (1000, 1000)
+        if self.coordinates == "pixels":
+            frame = (columns * patch, rows * patch)
 
+        # The template writes one <|image_pad|>; the network takes one for each image token.
+        slots = "<|image_pad|>" * (rows * columns // merge**2)
+        prompt = self.write_prompt(sample.question, frame)
+        ids = self.token_ids(prompt.replace("<|image_pad|>", slots))
+        require(len(ids) <= self.max_prompt_length, f"{sample.where}: a prompt of {len(ids)} "
+                f"tokens: --max_prompt_length {self.max_prompt_length} is too low", DataError)
+        label = move_objects(sample.label, sample.frame, frame, round_to_int=True)
+        return Example(sample, ids, inputs["pixel_values"], inputs["image_grid_thw"], label, frame)
+
+    def write_prompt(self, question: str, frame) -> str:
+        """The text that asks for an answer in this frame, in the checkpoint's chat template."""
         text = self.task.instruction
         if self.task.sample_answer:
             text += FORMAT
-        text = text.format(question=sample.question, width=frame[0], height=frame[1],
+        text = text.format(question=question, width=frame[0], height=frame[1],
                            example=self.task.sample_answer)
         turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
-        prompt = self.tokenizer.apply_chat_template([turn], tokenize=False,
-                                                    add_generation_prompt=True)
-        slots = "<|image_pad|>" * (rows * columns // merge ** 2)
-        ids = self.token_ids(prompt.replace("<|image_pad|>", slots))
-        require(len(ids) <= (self.max_prompt_length or len(ids)), f"{sample.where}: a prompt of "
-                f"{len(ids)} tokens: --max_prompt_length {self.max_prompt_length} is too low",
-                DataError)
-        label = move_objects(sample.label, sample.frame, frame, round_to_int=True)
-        return Example(sample, ids, inputs["pixel_values"], inputs["image_grid_thw"], label, frame)
+        return self.tokenizer.apply_chat_template([turn], tokenize=False,
+                                                  add_generation_prompt=True)
 
     def token_ids(self, text: str) -> torch.Tensor:
         """(T,) int64, always of a whole text: tokens merge across the seams of its parts."""
@@ -372,7 +384,9 @@ class Processor:
     def decode(self, ids, finished: bool = True) -> str:
         """The text of a completion, without the end token of one that is finished."""
         ids = torch.as_tensor(ids).tolist()
-        return self.tokenizer.decode(ids[: len(ids) - finished], clean_up_tokenization_spaces=False)
+        if finished:
+            ids = ids[:-1]
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
     def score(self, completion: str, example: Example) -> dict[str, float]:
         """The reward components of a completion: see rewards.py."""
