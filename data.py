@@ -130,8 +130,7 @@ def load_samples(source, task: Task, split="train", limit=0, skip_bad_rows=False
     for name in SPLITS[split]:
         if (path / f"{name}.jsonl").is_file():
             path = path / f"{name}.jsonl"
-    is_lines = path.suffix == ".jsonl" and path.is_file()
-    rows = path.read_bytes().splitlines() if is_lines else open_table(path, split)
+    rows = path.read_bytes().splitlines() if path.suffix == ".jsonl" else open_table(path, split)
 
     samples = []
     bad_rows = 0
@@ -160,6 +159,7 @@ def open_table(path: Path, split: str):
             table = datasets.load_from_disk(str(path))
         elif (path / "dataset_dict.json").is_file():
             table = first_of(datasets.load_from_disk(str(path)), SPLITS[split])
+            require(table, "it has other splits")
         else:
             files = find_tables(path, split)
             table = datasets.load_dataset("parquet", data_files=files, split="train")
@@ -170,7 +170,7 @@ def open_table(path: Path, split: str):
                         f"(.jsonl) or Parquet (pip install datasets); {CONVERTER}") from None
 
 def find_tables(path: Path, split: str) -> list[str]:
-    """A Parquet file, or those below a folder whose path from there names this split alone."""
+    """A Parquet file itself, or those whose path below a folder names this split and no other."""
     if path.is_file():
         require(path.suffix == ".parquet", f"it is a {path.suffix} file")
         return [str(path)]
@@ -180,7 +180,7 @@ def find_tables(path: Path, split: str) -> list[str]:
         named = [name for name in SPLITS if words.intersection(SPLITS[name])]
         if named == [split]:
             files.append(str(file))
-    require(files, f"no Parquet file below it names this split, and no other, in its path")
+    require(files, "no Parquet file below it names this split, and no other, in its path")
     return files
 
 def first_of(row: dict, names):
