@@ -8,7 +8,9 @@ frame, a (width, height): that of the original image, of the resized one, or (10
 """
 
 import base64
+import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Callable
@@ -27,6 +29,9 @@ import rewards
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 END = "<|im_end|>"                # of a completion
+# The words in names of files and folders that mean a split.
+SPLITS = {"train": ("train",), "validation": ("validation", "val", "dev"), "test": ("test",)}
+CONVERTER = "extras/convert.py takes the rows of LLaVA, VLM-R1 and ms-swift"
 # Answers are in "pixels" of the image that the model sees, or run from 0 to 1000 ("relative").
 COORDINATES = {"qwen2_vl": "relative", "qwen2_5_vl": "pixels", "qwen3_vl": "relative"}
 
@@ -115,27 +120,28 @@ def load_samples(source, task: Task, split="train", limit=0, skip_bad_rows=False
     """Read and check the samples of a source, or the first `limit`; images are decoded later.
 
     source: a .jsonl or .parquet file, a folder, a hub id, or None for the task's own data. The
-    first bad row raises UserError, with file and row; skipped ones are counted in a printed line.
+    first bad row raises DataError, with file and row; skipped ones are counted in a printed line.
     """
     require(task.kind != "math" or find_spec("math_verify"),
             f"--task {task.name} compares answers with math-verify: pip install math-verify")
     source = source or (task.data if split == "train" else task.eval_data)
     require(source, f"task {task.name} has no {split} data of its own: give --data PATH")
-    path = Path(source)
-    if (path / f"{split}.jsonl").is_file():
-        path = path / f"{split}.jsonl"
-    is_lines = path.is_file() and path.suffix == ".jsonl"
-    rows = path.read_bytes().splitlines() if is_lines else open_table(path, split)
+    path = fetch(source, "dataset")
+    for name in SPLITS[split]:
+        if (path / f"{name}.jsonl").is_file():
+            path = path / f"{name}.jsonl"
+    rows = path.read_bytes().splitlines() if path.suffix == ".jsonl" else open_table(path, split)
 
     samples = []
     bad_rows = 0
     for number in range(len(rows)):
         if limit and len(samples) == limit:
             break
+        if isinstance(rows, list) and not rows[number].strip():
+            continue
         try:
-            if rows[number]:
-                samples.append(read_sample(rows, number, path, task))
-        # Python's own messages are useful too: "too many values to unpack".
+            samples.append(read_sample(rows, number, path, task))
+        # Python's own messages are useful too: "cannot reshape array of size 3".
         except (ValueError, TypeError, ArithmeticError, RecursionError) as error:
             require(skip_bad_rows, f"{path}, row {number + 1}: {error}; see --skip_bad_rows",
                     DataError)
@@ -146,107 +152,159 @@ def load_samples(source, task: Task, split="train", limit=0, skip_bad_rows=False
     return samples
 
 def open_table(path: Path, split: str):
-    """A split of any other data set, which the library `datasets` maps into memory."""
+    """A split of any other data, which the library `datasets` maps into memory."""
     try:
         import datasets
         if (path / "state.json").is_file():
             table = datasets.load_from_disk(str(path))
         elif (path / "dataset_dict.json").is_file():
-            table = datasets.load_from_disk(str(path))[split]
-        elif path.exists():
-            # Only this split's files: other splits may have other columns.
-            files = [str(path)]
-            if path.is_dir():
-                pattern = rf"(?<![a-z]){split}[^a-z]"
-                files = [str(file) for file in sorted(path.rglob("*.parquet"))
-                         if re.search(pattern, str(file.relative_to(path)))]
-            table = datasets.load_dataset("parquet", data_files=files, split="train")
+            table = first_of(datasets.load_from_disk(str(path)), SPLITS[split])
+            require(table, "it has other splits")
         else:
-            # Not by its name: for a hub that fails, `datasets` would wait half a minute.
-            table = datasets.load_dataset(str(fetch(path, "dataset")), split=split)
-    except UserError:
-        raise
-    except Exception as error:           # damaged files and networks raise nearly anything
-        raise DataError(f"{path}: no readable {split} data ({error!r:.300}); it must be a file, "
-                        "a folder or a hub id (all but .jsonl: pip install datasets)") from None
-    # Arrow's format leaves images encoded, so that a damaged one stops nothing before its turn.
-    return table.with_format("arrow")
+            files = find_tables(path, split)
+            table = datasets.load_dataset("parquet", data_files=files, split="train")
+        # Arrow's format leaves images encoded: a damaged one stops nothing before its turn.
+        return table.with_format("arrow")
+    except Exception as error:           # damaged files make it raise nearly anything
+        raise DataError(f"{path}: no readable {split} data ({error!r:.300}); give JSON lines "
+                        f"(.jsonl) or Parquet (pip install datasets); {CONVERTER}") from None
+
+def find_tables(path: Path, split: str) -> list[str]:
+    """A Parquet file itself, or those whose path below a folder names this split and no other."""
+    if path.is_file():
+        require(path.suffix == ".parquet", f"it is a {path.suffix} file")
+        return [str(path)]
+    files = []
+    for file in sorted(path.rglob("*.parquet")):
+        words = set(re.split("[^a-z]+", str(file.relative_to(path)).lower()))
+        named = [name for name in SPLITS if words.intersection(SPLITS[name])]
+        if named == [split]:
+            files.append(str(file))
+    require(files, "no Parquet file below it names this split, and no other, in its path")
+    return files
+
+def first_of(row: dict, names):
+    """The value of the first of these columns that the row has; a null counts as absent."""
+    return next((row[name] for name in names if row.get(name) is not None), None)
 
 def read_row(rows, number: int) -> dict:
-    """One row of a table, or of the lines of a file."""
-    row = json.loads(rows[number]) if isinstance(rows, list) else rows[number].to_pylist()[0]
-    require(isinstance(row, dict), "not a JSON object")
-    return row
+    """One row of a table, or of a file's lines."""
+    if not isinstance(rows, list):
+        return rows[number].to_pylist()[0]
+    # A file may begin with UTF-8's mark.
+    line = rows[number].removeprefix(b"\xef\xbb\xbf").strip()
+    require(line.startswith(b"{"), f"not a JSON object in UTF-8; {CONVERTER}")
+    return json.loads(line)
 
 def read_sample(rows, number: int, path: Path, task: Task) -> Sample:
     """One row, checked; a ValueError or a TypeError says what is wrong with it."""
     row = read_row(rows, number)
-    # EasyR1 writes <image> where the image goes.
-    question = str(row.get("problem") or row.get("text") or "").replace("<image>", "").strip()
-    require(question, "no 'problem' or 'text', or an empty one")
-    choices = list(map(str, row.get("choices") or []))
-    require(len(choices) <= len(ascii_uppercase), "more than 26 choices")
-    if choices:
-        question += "\nChoices: " + ", ".join(map("{}. {}".format, ascii_uppercase, choices))
-
+    question, choices = read_question(row, task.kind)
     image = partial(find_image, rows, number, path if path.is_dir() else path.parent)
-    stored = open_image(image, only_size=True)
-    original = (int(row.get("img_width") or stored[0]), int(row.get("img_height") or stored[1]))
-    # The authors' training rows ("problem") are in pixels of the image as stored, their test rows
-    # ("text") in the original's.
-    frame = row.get("frame") or (original if row.get("problem") is None else stored)
+    upright = open_image(image, only_size=True)
+    original = (int(row.get("img_width") or upright[0]), int(row.get("img_height") or upright[1]))
+    # The authors write labels for training ("problem") in pixels of the image that the row holds,
+    # and those for tests ("text") in pixels of the original.
+    pixels = original if row.get("problem") is None else upright
+    frame = tuple(row.get("frame") or pixels)
     for width, height in (frame, original):
         # Not too large either: eval.py paints masks of this size.
         require(width > 0 and height > 0 and width * height < 2e8,
                 "a frame or size is two positive numbers, of at most 200 megapixels in all")
+        require((height, width) != upright or width == height,
+                f"{width} x {height} is the image on its side: give it as its EXIF tag turns it")
 
-    label = read_label(row, task, frame)
+    label = read_label(row, task, frame, choices)
     # <|image_pad|> would be one more image, and half a surrogate pair has no tokens.
-    require(not re.search(r"<\|.*?\|>|[\ud800-\udfff]", f"{question} {label}"),
+    require(not re.search(r"<\|[a-z_]{2,}\|>|[\ud800-\udfff]", f"{question} {label}"),
             "a control token or half a character in the question or the answer")
     where = f"{path}, row {number + 1}"
-    name = str(row.get("id") or row.get("image_id") or where)
-    return Sample(name, question, image, label, tuple(frame), original, where, choices)
+    name = first_of(row, ("id", "image_id"))
+    return Sample(where if name is None else str(name), question, image, label, frame, original,
+                  where, [str(choice) for choice in choices])
 
-def read_label(row: dict, task: Task, frame) -> list[dict] | str:
-    """Check a label: text, or objects, which are cut to the frame; every one gets a point."""
-    columns = [name for name in task.columns if row.get(name) is not None]
-    require(columns, f"no {' or '.join(map(repr, task.columns))}")
-    value = row[columns[0]]
-    text = value if isinstance(value, str) else json.dumps(value)
+def read_question(row: dict, kind: str) -> tuple[str, list]:
+    """A row's question, as the model reads it, and its choices."""
+    question = str(first_of(row, ("problem", "text")) or "")
+    # EasyR1 writes <image> where the image goes.
+    marks = re.findall("<image>|<video>", question)
+    require(marks in ([], ["<image>"]), f"a sample is about one image, not about {marks}")
+    question = question.replace("<image>", "").strip()
+    if kind != "math":
+        # The authors ask like this.
+        question = question.lower().strip('.?!" ')
+    require(question, f"no 'problem' or 'text', or an empty one; {CONVERTER}")
+
+    choices = row.get("choices") or []
+    if isinstance(choices, str):
+        choices = json.loads(choices)
+    require(isinstance(choices, list) and len(choices) <= len(ascii_uppercase),
+            "choices are a list of at most 26, or its JSON text")
+    if choices:
+        question += "\nChoices: " + ", ".join(map("{}. {}".format, ascii_uppercase, choices))
+    return question, choices
+
+def read_label(row: dict, task: Task, frame, choices) -> list[dict] | str:
+    """A row's label, read as an answer is: what no completion could say is no label."""
+    value = first_of(row, task.columns)
+    if value is None and task.kind == "objects" and row.get("mask") is not None:
+        value = mask_box(row["mask"], frame)
+    require(value is not None, f"no {' or '.join(map(repr, task.columns))}")
+    if task.kind == "math" and choices and not isinstance(value, str) and value not in choices:
+        # ScienceQA's answers are indices.
+        require(value in range(len(choices)), f"{value} is no choice, nor its index from 0")
+        value = str(choices[int(value)])
     if isinstance(value, list) and not any(isinstance(found, dict) for found in value):
-        boxes = np.reshape(value, (-1, 4)).tolist()          # one flat box, or a list of boxes
-        text = json.dumps([{"bbox_2d": box} for box in boxes])
-    # Labels are read like answers: no rollout could match an unreadable one. Tables with gaps
-    # hold counts as 24.0.
+        # One flat box, or a list of boxes.
+        value = [{"bbox_2d": box} for box in np.reshape(value, (-1, 4)).tolist()]
+    # Some columns hold the objects, others their JSON text; an answer is a text.
+    text = value if isinstance(value, str) else json.dumps(value)
+    # Tables with gaps hold counts as 24.0.
     label = rewards.read_answer(f"<answer>{text.removesuffix('.0')}</answer>", task.kind)
     require(label is not None, f"no label that {task.name} can read: {text:.80}")
-    if isinstance(label, str):
-        return label
-
-    for found in label:
-        require("bbox_2d" in found, f"bbox_2d is four numbers: {text:.80}")
-        corners = np.reshape(found["bbox_2d"], (2, 2))
-        point = np.asarray(found.get("point_2d", corners.mean(axis=0)))
-        valid = (corners[0] < corners[1]) & (corners[0] <= point) & (point <= corners[1])
-        valid &= (corners[0] < frame) & (corners[1] > 0)
-        require(valid.all(), f"a box is inside out, or without its point, or outside its image of "
-                             f"{frame[0]} x {frame[1]}: {found}")
-        require(corners.max() > 1 or row.get("frame"),
-                f'for shares of the image, add "frame": [1, 1] to the row: {found}')
-        # Labels overshoot their image by a pixel now and then.
-        found["bbox_2d"] = corners.clip(0, frame).ravel().tolist()
-        found["point_2d"] = point.clip(0, frame).tolist()
+    if isinstance(label, list):
+        for found in label:
+            check_object(found, frame)
     return label
+
+def mask_box(mask, frame) -> list:
+    """The box around all that a mask, rows of 0 and 1, marks; [] if it marks nothing."""
+    mask = np.asarray(mask)
+    require(mask.shape[::-1] == frame, f"a mask is {frame[1]} rows of {frame[0]} zeros and ones")
+    ys, xs = mask.nonzero()
+    if len(xs) == 0:
+        return []
+    return [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+
+def check_object(found: dict, frame):
+    """Check a labelled object, cut it to its frame, and give it a point if it has none."""
+    require("bbox_2d" in found, f"bbox_2d is four numbers: {found}")
+    corners = np.reshape(found["bbox_2d"], (2, 2))
+    # Labels overshoot their image by a pixel now and then.
+    cut = corners.clip(0, frame)
+    point = np.asarray(found.get("point_2d", cut.mean(axis=0)))
+    valid = (cut[0] < cut[1]) & (corners[0] <= point) & (point <= corners[1])
+    valid &= abs(corners - cut).max(axis=0) <= 0.02 * np.array(frame)
+    is_share = corners.max() <= 1 < max(frame)
+    require(valid.all() and not is_share, f"a box is inside out, or without its point, or not in "
+            f"{frame[0]} x {frame[1]}: {found}. Usual reasons: it runs to 1, to 1000 or to another "
+            'size (add "frame"), is x, y, width, height, or was drawn before an EXIF turn')
+    found["bbox_2d"] = cut.ravel().tolist()
+    found["point_2d"] = point.clip(0, frame).tolist()
+
+def fingerprint(samples: list[Sample]) -> str:
+    """A hash of what samples ask and expect, in order; paths, ids and pixels do not count."""
+    content = [(sample.question, sample.label, sample.frame, sample.size) for sample in samples]
+    return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
 # ---- Images and geometry -------------------------------------------------------------------------
 def find_image(rows, number: int, folder: Path) -> Path | BytesIO:
     """The file that a row names, or the encoded image that it holds."""
-    row = read_row(rows, number)
-    cell = row.get("image") or row.get("images")
-    if isinstance(cell, list):
-        [cell] = cell
+    cell = first_of(read_row(rows, number), ("image", "images"))
+    if isinstance(cell, list) and cell:
+        require(len(cell) == 1, f"{len(cell)} images: a sample has one")
+        cell = cell[0]
     if isinstance(cell, dict):           # Hugging Face's struct: bytes, or else a path
         cell = cell.get("bytes") or cell.get("path")
     require(cell, "no 'image' or 'images'")
@@ -259,18 +317,22 @@ def find_image(rows, number: int, folder: Path) -> Path | BytesIO:
     return folder / cell
 
 def open_image(source, only_size=False):
-    """An image in RGB, upright as its EXIF tag says; or only its size, from its header."""
+    """An image in RGB, upright as its EXIF tag says, on white; or only its size, from its header."""
     try:
         image = source() if callable(source) else source
         if not isinstance(image, Image.Image):
             image = Image.open(image)    # refuses more than 179 megapixels
         require(not image.mode.startswith(("I", "F")), "over 8 bits a colour: convert it")
-        if not only_size:
-            return ImageOps.exif_transpose(image).convert("RGB")
-        # Pillow would decode a whole PNG to look for a tag at its end.
-        has_exif = image.format != "PNG" or "exif" in image.info
-        is_turned = has_exif and image.getexif().get(0x0112, 1) > 4      # by 90 or 270 degrees
-        return image.size[::-1] if is_turned else image.size
+        if only_size:
+            # Pillow would decode a whole PNG to look for a tag at its end.
+            has_exif = image.format != "PNG" or "exif" in image.info
+            is_turned = has_exif and image.getexif().get(0x0112, 1) > 4      # by 90 or 270 degrees
+            return image.size[::-1] if is_turned else image.size
+        image = ImageOps.exif_transpose(image)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
     except Exception as error:           # damaged files make Pillow raise nearly anything
         raise DataError(f"unreadable image ({error})") from None
 
@@ -281,13 +343,13 @@ def move_objects(objects, src_frame, dst_frame, round_to_int: bool = False):
     [{'bbox_2d': [100, 25, 500, 500]}]
     """
     def move(numbers):
-        corners = np.reshape(numbers, (-1, 2)) * dst_frame / src_frame
+        corners = np.reshape(numbers, (-1, 2)) * dst_frame / src_frame      # of a point: itself
         if round_to_int:
             corners = corners.round().astype(int)
-        if round_to_int and len(corners) == 2:
-            # A box that rounds to nothing stays 1 wide or high, inside its frame.
-            corners[0] = np.minimum(corners[0], np.subtract(dst_frame, 1))
-            corners[1] = np.maximum(corners[1], corners[0] + 1)
+            if len(corners) == 2:
+                # A box that rounds to nothing stays 1 wide or high, inside its frame.
+                corners[0] = np.minimum(corners[0], np.subtract(dst_frame, 1))
+                corners[1] = np.maximum(corners[1], corners[0] + 1)
         return corners.ravel().tolist()
 
     if isinstance(objects, str):
@@ -310,12 +372,14 @@ class Example:
 class Processor:
     """Turns samples into a checkpoint's inputs, and completions into text and rewards."""
 
-    def __init__(self, path, task: Task, image_size=None, max_prompt_length=None):
+    def __init__(self, path, task: Task, image_size=None, max_prompt_length=math.inf,
+                 max_completion_length=math.inf):
         """Read the files beside a checkpoint's weights; image_size replaces the task's."""
         from transformers import AutoTokenizer, Qwen2VLImageProcessorPil     # takes seconds
         self.task = task
         self.image_size = image_size or task.image_size
         self.max_prompt_length = max_prompt_length
+        self.max_completion_length = max_completion_length
         try:
             config = json.loads(Path(path, "config.json").read_text("utf-8"))
             self.coordinates = config.get("coordinates") or COORDINATES[config["model_type"]]
@@ -341,29 +405,40 @@ class Processor:
             if not self.task.keep_shape:
                 # A side of whole tokens, each of merge x merge patches.
                 side = max(round(self.image_size / (patch * merge)), 1) * patch * merge
-                image = image.resize((side, side), Image.Resampling.BICUBIC)
+                image = image.resize((side, side), Image.Resampling.BILINEAR)
             inputs = self.image_processor(image, do_resize=self.task.keep_shape,
                                           return_tensors="pt")
         except ValueError as error:
             raise DataError(f"{sample.where}: {error}") from None
         _, rows, columns = inputs["image_grid_thw"][0].tolist()
-        frame = (columns * patch, rows * patch) if self.coordinates == "pixels" else (1000, 1000)
+        frame = (1000, 1000)
+        if self.coordinates == "pixels":
+            frame = (columns * patch, rows * patch)
 
+        # The template writes one <|image_pad|>; the network takes one for each image token.
+        slots = "<|image_pad|>" * (rows * columns // merge**2)
+        prompt = self.write_prompt(sample.question, frame)
+        ids = self.token_ids(prompt.replace("<|image_pad|>", slots))
+        label = move_objects(sample.label, sample.frame, frame, round_to_int=True)
+        # Written as short as can be. No rollout can be right if this is too long.
+        answer = label if isinstance(label, str) else json.dumps(label, separators=(",", ":"))
+        length = len(self.token_ids(f"<answer>{answer}</answer>{END}"))
+        require(len(ids) <= self.max_prompt_length, f"{sample.where}: a prompt of {len(ids)} "
+                f"tokens: --max_prompt_length {self.max_prompt_length} is too low", DataError)
+        require(length <= self.max_completion_length, f"{sample.where}: a label of {length} tokens:"
+                f" --max_completion_length {self.max_completion_length} is too low", DataError)
+        return Example(sample, ids, inputs["pixel_values"], inputs["image_grid_thw"], label, frame)
+
+    def write_prompt(self, question: str, frame) -> str:
+        """The text that asks for an answer in this frame, in the checkpoint's chat template."""
         text = self.task.instruction
         if self.task.sample_answer:
             text += FORMAT
-        text = text.format(question=sample.question, width=frame[0], height=frame[1],
+        text = text.format(question=question, width=frame[0], height=frame[1],
                            example=self.task.sample_answer)
         turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
-        prompt = self.tokenizer.apply_chat_template([turn], tokenize=False,
-                                                    add_generation_prompt=True)
-        slots = "<|image_pad|>" * (rows * columns // merge ** 2)
-        ids = self.token_ids(prompt.replace("<|image_pad|>", slots))
-        require(len(ids) <= (self.max_prompt_length or len(ids)), f"{sample.where}: a prompt of "
-                f"{len(ids)} tokens: --max_prompt_length {self.max_prompt_length} is too low",
-                DataError)
-        label = move_objects(sample.label, sample.frame, frame, round_to_int=True)
-        return Example(sample, ids, inputs["pixel_values"], inputs["image_grid_thw"], label, frame)
+        return self.tokenizer.apply_chat_template([turn], tokenize=False,
+                                                  add_generation_prompt=True)
 
     def token_ids(self, text: str) -> torch.Tensor:
         """(T,) int64, always of a whole text: tokens merge across the seams of its parts."""
@@ -372,7 +447,8 @@ class Processor:
     def decode(self, ids, finished: bool = True) -> str:
         """The text of a completion, without the end token of one that is finished."""
         ids = torch.as_tensor(ids).tolist()
-        return self.tokenizer.decode(ids[: len(ids) - finished], clean_up_tokenization_spaces=False)
+        ids = ids[:-1] if finished else ids
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
     def score(self, completion: str, example: Example) -> dict[str, float]:
         """The reward components of a completion: see rewards.py."""

@@ -168,7 +168,7 @@ def test_pixels_are_those_of_transformers_image_processor(load_processor, checkp
             assert np.array_equal(ours.pixels.numpy(), theirs["pixel_values"])
     factor = 32 if family == "qwen3_vl" else 28
     reference = AutoImageProcessor.from_pretrained(checkpoints[family], backend="pil")
-    fixed = images[0].resize((12 * factor, 12 * factor), Image.Resampling.BICUBIC)
+    fixed = images[0].resize((12 * factor, 12 * factor), Image.Resampling.BILINEAR)
     processor = load_processor(family, image_size=12 * factor + 3)
     theirs = reference(fixed, return_tensors="np")
     assert np.array_equal(processor.encode(make_sample(images[0])).pixels, theirs["pixel_values"])
@@ -191,6 +191,50 @@ def test_open_image_gives_rgb_and_of_an_animation_the_first_picture(tmp_path):
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     assert (np.asarray(data.open_image(tmp_path / "a.gif")) == [255, 0, 0]).all()
     assert data.open_image(tmp_path / "a.gif", only_size=True) == (20, 10)
+
+
+def on_white(colour, alpha):
+    """What shines through, in numbers of our own: colours (..., 3) from 0 to 255, alpha too."""
+    share = np.asarray(alpha, float)[..., None] / 255
+    return np.asarray(colour, float) * share + 255 * (1 - share)
+
+
+def test_transparent_images_stand_on_white(tmp_path):
+    """A black drawing on nothing is not a black surface. All ways to be transparent: a channel, an
+    entry of the palette or several, one colour of a PNG without a channel."""
+    rng = np.random.default_rng(0)
+    rgba = rng.integers(0, 256, (20, 30, 4), np.uint8)
+    rgba[:10, :, 3] = rng.choice([0, 255], (10, 30))
+    Image.fromarray(rgba, "RGBA").save(tmp_path / "rgba.png")
+    Image.fromarray(rgba, "RGBA").save(tmp_path / "rgba.webp", lossless=True, exact=True)
+    Image.fromarray(rgba[..., [0, 3]], "LA").save(tmp_path / "la.png")
+    index = rng.integers(0, 4, (20, 30), np.uint8)
+    colours, alpha = rng.integers(0, 256, (4, 3), np.uint8), np.array([0, 255, 128, 255])
+    palette = Image.fromarray(index, "P")
+    palette.putpalette(colours.tobytes())
+    palette.save(tmp_path / "p.png", transparency=bytes(alpha.tolist()))
+    palette.save(tmp_path / "p.gif", transparency=2)
+    colour = Image.fromarray(colours[index], "RGB")
+    colour.save(tmp_path / "rgb.png", transparency=tuple(colours[1].tolist()))
+    colour.save(tmp_path / "opaque.png")
+    Image.fromarray(index, "L").save(tmp_path / "l.png", transparency=3)
+    expected = {
+        "rgba.png": on_white(rgba[..., :3], rgba[..., 3]),
+        "rgba.webp": on_white(rgba[..., :3], rgba[..., 3]),
+        "la.png": on_white(rgba[..., [0, 0, 0]], rgba[..., 3]),
+        "p.png": on_white(colours[index], alpha[index]),
+        "p.gif": on_white(colours[index], 255 * (index != 2)),
+        "rgb.png": on_white(colours[index], 255 * (index != 1)),
+        "opaque.png": colours[index],
+        "l.png": on_white(np.repeat(index[..., None], 3, axis=2), 255 * (index != 3))}
+    for name, pixels in expected.items():
+        seen = data.open_image(tmp_path / name)
+        assert seen.mode == "RGB" and np.abs(np.asarray(seen) - pixels).max() <= 1, name
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(rgba, "RGBA").save(tmp_path / "turned.png", exif=exif)
+    seen = np.asarray(data.open_image(tmp_path / "turned.png"), float)
+    assert np.abs(seen - np.rot90(expected["rgba.png"], -1)).max() <= 1, "upright too"
 
 
 def test_an_image_that_claims_to_be_huge_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
@@ -221,7 +265,7 @@ def test_images_that_no_model_could_take_are_refused_by_name(load_processor, tmp
     ("pipe", "no such image file"), ("folder", "no such image file"),
     ("a\0b", "no such image file"), ("x" * 5000, "no such image file"),
     ("https://a.b/c.jpg", "no such image file"),
-    (["image.png", "image.png"], "values to unpack"), ([], "no 'image' or 'images'"),
+    (["image.png", "image.png"], "2 images: a sample has one"), ([], "no 'image' or 'images'"),
     ("", "no 'image' or 'images'"), (7, "unreadable image"), ("rows.jsonl", "unreadable image"),
     ({"bytes": None, "path": None}, "no 'image' or 'images'"),
     ("data:image/png;base64,!", "unreadable image")])
@@ -365,6 +409,24 @@ def test_a_prompt_that_is_too_long_names_the_sample_and_both_numbers(load_proces
     assert f"--max_prompt_length {length - 1}" in message
 
 
+@pytest.mark.parametrize("label", [LABEL, LABEL * 3, [], "two words"])
+def test_a_label_too_long_for_any_completion_names_its_row_and_both_numbers(load_processor, label):
+    """Its shortest text and the end token must fit, as a completion's must. Evaluation sets no limit."""
+    task = MATH if isinstance(label, str) else GROUNDING
+    sample = make_sample(Image.new("RGB", (100, 60)), where="a.jsonl, row 3")
+    sample.label = label
+    example = load_processor("qwen2_vl", task, image_size=56).encode(sample)
+    length = min(len(example_ids) for example_ids in (
+        load_processor("qwen2_vl").token_ids(visurf.align_label(example.label, style) + "<|im_end|>")
+        for style in visurf.STYLES))
+    enough = load_processor("qwen2_vl", task, image_size=56, max_completion_length=length)
+    assert enough.encode(sample).label == example.label
+    short = load_processor("qwen2_vl", task, image_size=56, max_completion_length=length - 1)
+    message = mistake(short.encode, sample)
+    assert message.startswith(f"a.jsonl, row 3: a label of {length} tokens")
+    assert f"--max_completion_length {length - 1} is too low" in message
+
+
 def in_original(example):
     """The label in pixels of the original image, as eval.py reports it."""
     return data.move_objects(example.sample.label, example.sample.frame, example.sample.size)
@@ -485,6 +547,81 @@ def test_the_authors_layouts(shared):
                                                    GROUNDING, "test")
 
 
+def write_tables(folder, *names):
+    """Parquet files, each with one row, whose question is the file's name."""
+    datasets = pytest.importorskip("datasets")
+    image = {"bytes": encoded(Image.new("RGB", (100, 80))), "path": None}
+    for name in names:
+        row = {"text": name, "image": image, "bbox": [1.0, 2.0, 30.0, 40.0]}
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        datasets.Dataset.from_list([row]).to_parquet(str(folder / name))
+
+
+def names_of(folder, split):
+    return [sample.question for sample in load_samples(folder, GROUNDING, split)]
+
+
+@pytest.mark.parametrize("above", ["train2014", "test-bench", "val/dev", "plain"])
+def test_a_tables_split_is_in_its_path_below_the_folder(tmp_path, above):
+    """Whatever the folders above are called. Rows of a file that names another split never enter."""
+    files = {"train": ["data/train-0.parquet", "data/train-1.parquet", "train/x.parquet", "a_train.parquet",
+                       "train2014/b.parquet"],
+             "validation": ["val-0.parquet", "dev/y.parquet", "validation/z.parquet", "c.validation.parquet"],
+             "test": ["test-0.parquet", "more/test/0.parquet", "test_1.parquet"]}
+    neither = ["constrained.parquet", "latest-0.parquet", "testing0.parquet", "device.parquet", "rows.parquet",
+               "evaluation.parquet", "train/test-0.parquet", "train_test_split/0.parquet", "test/train2014.parquet"]
+    folder = tmp_path / above / "data"
+    write_tables(folder, *neither, *sum(files.values(), []))
+    for split, names in files.items():
+        assert names_of(folder, split) == sorted(names), split
+    (tmp_path / "other").mkdir()
+    write_tables(tmp_path / "other", *neither, *files["train"])
+    for split in ("validation", "test"):
+        message = mistake(load_samples, tmp_path / "other", GROUNDING, split)
+        assert "names this split, and no other" in message and f"no readable {split} data" in message
+    assert names_of(folder / "rows.parquet", "test") == ["rows.parquet"], "a file itself needs no name"
+
+
+@pytest.mark.parametrize("name", ["validation", "val", "dev"])
+def test_validation_has_several_names(tmp_path, name):
+    """Of a JSON lines file, and of a split that save_to_disk wrote."""
+    write_rows(tmp_path, [train_row(problem="seen")], f"{name}.jsonl")
+    write_rows(tmp_path, [train_row(problem="hidden")], "train.jsonl")
+    assert names_of(tmp_path, "validation") == ["seen"] and names_of(tmp_path, "train") == ["hidden"]
+    datasets = pytest.importorskip("datasets")
+    image = {"bytes": encoded(Image.new("RGB", (100, 80))), "path": None}
+    table = datasets.Dataset.from_list([train_row(problem="seen", image=image)])
+    datasets.DatasetDict({name: table}).save_to_disk(str(tmp_path / "disk"))
+    assert names_of(tmp_path / "disk", "validation") == ["seen"]
+    assert "it has other splits" in mistake(load_samples, tmp_path / "disk", GROUNDING, "train")
+
+
+LLAVA = {"image": "image.png", "conversations": [{"from": "human", "value": "<image>\nWhere?"},
+                                                 {"from": "gpt", "value": "[1, 2, 30, 40]"}]}
+SWIFT = {"images": ["image.png"], "messages": [{"role": "user", "content": "<image>How many?"}],
+         "solution": "3"}
+
+
+@pytest.mark.parametrize("name, content", [
+    ("rows.json", json.dumps([LLAVA])), ("rows.csv", "image,problem\n"), ("rows.txt", "a.png the cat"),
+    ("rows.json", json.dumps([train_row()], indent=1)), ("rows", json.dumps(train_row())),
+    ("list.jsonl", json.dumps([LLAVA], indent=1)), ("list.jsonl", json.dumps([train_row()])),
+    ("text.jsonl", '"the cat"'), ("llava.jsonl", json.dumps(LLAVA)), ("swift.jsonl", json.dumps(SWIFT)),
+    ("utf16.jsonl", json.dumps(train_row()).encode("utf-16")),
+    ("utf16.jsonl", json.dumps(train_row()).encode("utf-16-be"))])
+def test_other_formats_are_named_with_the_converter(tmp_path, name, content):
+    pytest.importorskip("datasets")
+    write_rows(tmp_path, [])
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    message = mistake(load_samples, tmp_path / name, GROUNDING)
+    assert message.startswith(str(tmp_path / name)) and "extras/convert.py" in message
+    assert "LLaVA, VLM-R1 and ms-swift" in message
+    if ".jsonl" in name:
+        assert "row 1: " in message
+    elif "." in name:
+        assert f"it is a {(tmp_path / name).suffix} file" in message
+
+
 def test_images_of_a_table_stay_on_disk_until_they_are_opened(shared, tmp_path):
     """Columns that are not needed may hold anything; a damaged image does not stop the others."""
     datasets = pytest.importorskip("datasets")
@@ -516,8 +653,12 @@ def boxed_row(box, **changes):
     return {"text": "the cat", "image": "image.png", "bbox": box, **changes}
 
 
+def math_row(**changes):
+    return {"problem": "how many", "image": "image.png", **changes}
+
+
 UNREADABLE = "no label that grounding can read"
-BEYOND = "a box is inside out, or without its point, or outside its image of "
+BEYOND = "a box is inside out, or without its point, or not in "
 MISTAKES = [
     ("Expecting value", '{"problem": '),
     ("Invalid \\u", '{"problem": "\\ud8"}'),
@@ -541,21 +682,29 @@ MISTAKES = [
     (BEYOND, boxed_row([10, 40, 30, 40])),
     (BEYOND + "100 x 80", train_row(solution='[{"bbox_2d": [10, 80, 20, 90]}]')),
     (BEYOND + "200 x 300", boxed_row([200, 5, 210, 9], img_width=200, img_height=300)),
-    ('add "frame": [1, 1]', boxed_row([0.1, 0.2, 0.5, 1])),
+    ('(add "frame")', boxed_row([0.1, 0.2, 0.5, 1])),
+    (BEYOND, train_row(solution='[{"bbox_2d": [10, 20, 30, 40], "point_2d": [15, 5000]}]')),
+    ("choices are a list of at most 26", train_row(choices=list("abc") * 9)),
+    ("choices are a list of at most 26", train_row(choices='{"A": "3"}')),
+    ("Expecting value", train_row(choices="['3', '4']")),
+    ("a sample is about one image", train_row(problem="is <image> larger than <image>?")),
+    ("a sample is about one image", train_row(problem="<image> or <video>?")),
+    ("3 is no choice, nor its index from 0", math_row(answer=3, choices=["x", "y", "z"])),
+    ("-1 is no choice, nor its index from 0", math_row(answer=-1, choices=["x", "y", "z"])),
     ("two positive numbers", train_row(frame=[0, 1000])),
     ("values to unpack", train_row(frame=[1000])),
     ("no label that counting can read", train_row(solution=None, count="many")),
     ("no label that counting can read", train_row(solution=None, count=-1)),
-    ("no label that math can read", train_row(answer="a<think>")),
-    ("no label that math can read", train_row(answer=" ")),
+    ("no label that math can read", math_row(answer="a<think>")),
+    ("no label that math can read", math_row(answer=" ")),
 ]
 
 
 @pytest.mark.parametrize("complaint, row", MISTAKES)
 def test_a_bad_row_is_named_or_skipped_and_counted(tmp_path, capsys, complaint, row):
     file = write_rows(tmp_path, [train_row(), "", row, train_row()])
-    found = re.search("counting|math", complaint)
-    task = TASKS[found[0]] if found else GROUNDING
+    found = re.search("counting|math|no choice", complaint)
+    task = TASKS[found[0].replace("no choice", "math")] if found else GROUNDING
     if task.name == "math":
         pytest.importorskip("math_verify")
     message = mistake(load_samples, file, task)
@@ -590,11 +739,11 @@ def test_files_may_begin_with_the_mark_of_utf_8_and_lines_may_end_as_on_windows(
     line = json.dumps(train_row(problem="die Kätzchen"), ensure_ascii=False)
     file.write_bytes(b"\xef\xbb\xbf" + f"{line}\r\n\r\n{line}\r\n".encode())
     samples = load_samples(file, GROUNDING)
-    assert [(sample.question, sample.label) for sample in samples] == [("die Kätzchen", LABEL)] * 2
+    assert [(sample.question, sample.label) for sample in samples] == [("die kätzchen", LABEL)] * 2
 
 
 def test_control_characters_in_a_question_reach_the_model(load_processor, tmp_path):
-    evil = "cat\x1b]0;title\x07\x1b[2J\u202e\x00"
+    evil = "cat\x1b]0;title\x07\x1b[2j\u202e\x00"
     [sample] = load_samples(write_rows(tmp_path, [train_row(problem=evil)]), GROUNDING)
     processor = load_processor("qwen2_vl", image_size=56)
     assert evil in prompt_text(processor, processor.encode(sample))
@@ -615,11 +764,170 @@ def test_bad_bytes_and_bad_tables_are_named_too(tmp_path):
     assert "none.parquet" in mistake(load_samples, tmp_path / "none.parquet", GROUNDING)
 
 
-def test_overshoot_is_cut(tmp_path):
-    solution = [{"bbox_2d": [-2, 20, 101, 81], "point_2d": [50, 50]}, {"bbox_2d": [0, 0, 100, 80]}]
-    [sample] = load_samples(write_rows(tmp_path, [train_row(solution=solution)]), GROUNDING)
-    assert sample.label == [{"bbox_2d": [0, 20, 100, 80], "point_2d": [50, 50]},
-                            {"bbox_2d": [0, 0, 100, 80], "point_2d": [50, 40]}]
+def load_row(folder, row, task=GROUNDING):
+    """The sample of a file with this one row."""
+    [sample] = load_samples(write_rows(folder, [row]), task)
+    return sample
+
+
+def test_overshoot_of_two_percent_is_cut_and_a_point_goes_with_it(tmp_path):
+    """The centre is that of the box as cut; a point that is given stays in its box."""
+    solution = [{"bbox_2d": [-2, 20, 101, 81], "point_2d": [50, 50]}, {"bbox_2d": [0, 0, 100, 80]},
+                {"bbox_2d": [60, 20, 102, 40]}, {"bbox_2d": [90, 20, 102, 40], "point_2d": [101, 30]}]
+    assert load_row(tmp_path, train_row(solution=solution)).label == [
+        {"bbox_2d": [0, 20, 100, 80], "point_2d": [50, 50]},
+        {"bbox_2d": [0, 0, 100, 80], "point_2d": [50, 40]},
+        {"bbox_2d": [60, 20, 100, 40], "point_2d": [80, 30]},
+        {"bbox_2d": [90, 20, 100, 40], "point_2d": [100, 30]}]
+    relative = boxed_row([990, 0, 1020, 1000], frame=[1000, 1000])
+    assert load_row(tmp_path, relative).label == [
+        {"bbox_2d": [990, 0, 1000, 1000], "point_2d": [995, 500]}]
+
+
+@pytest.mark.parametrize("box", [
+    [50, 30, 90, 95], [30, 10, 180, 60],                     # 0 to 1000, pixels of a larger image
+    [60, 50, 20, 20], [60, 10, 50, 60],                      # x, y, width, height
+    [-2.1, 0, 50, 50], [0, -1.7, 50, 50], [50, 50, 102.1, 70], [50, 50, 70, 81.7],
+    [101, 10, 102, 20], [0.1, 0.2, 0.7, 0.9]])
+@pytest.mark.parametrize("row", [train_row(solution=None), boxed_row(None)])
+def test_a_box_that_cannot_be_of_its_image_is_refused_with_the_usual_reasons(tmp_path, box, row):
+    """Cut, as it was once, it would teach another box, with its point on an edge."""
+    message = mistake(load_row, tmp_path, row | {"bbox": [box]})
+    assert "row 1: " + BEYOND + "100 x 80: " in message
+    for reason in ("1000", "another size", '"frame"', "x, y, width, height", "EXIF"):
+        assert reason in message
+
+
+@pytest.mark.parametrize("orientation, stored", [(1, (40, 60)), (6, (60, 40)), (8, (60, 40))])
+def test_a_declared_size_is_that_of_the_upright_image(tmp_path, orientation, stored):
+    """The size of the file before its EXIF turn is refused, as size and as frame. An image may have
+    been resized, whatever its original was, and coordinates may run to anything else."""
+    save_turned(Image.new("RGB", (40, 60)), orientation, tmp_path / "a.jpg")
+    assert Image.open(tmp_path / "a.jpg").size == stored
+    row = boxed_row([4, 4, 20, 20], image="a.jpg")
+    for wrong in ({"img_width": 60, "img_height": 40}, {"frame": [60, 40]}):
+        assert "60 x 40 is the image on its side" in mistake(load_row, tmp_path, row | wrong)
+    for size in ((40, 60), (80, 120), (120, 80), (30, 30)):
+        sample = load_row(tmp_path, row | {"img_width": size[0], "img_height": size[1]})
+        assert sample.size == sample.frame == size
+        assert load_row(tmp_path, row | {"frame": size}).frame == size
+    Image.new("RGB", (50, 50)).save(tmp_path / "square.png")
+    assert load_row(tmp_path, row | {"image": "square.png", "frame": [50, 50]}).frame == (50, 50)
+
+
+@pytest.mark.parametrize("task", [GROUNDING, TASKS["counting"], MATH])
+def test_questions_for_objects_are_lower_case_and_without_their_last_marks(tmp_path, task):
+    """As the authors ask; mathematics stays as it is."""
+    given = 'Where is the "Big" Cat?"'
+    row = train_row(problem=f"<image>\n{given} ", answer="5", count=1)
+    asked = given if task is MATH else 'where is the "big" cat'
+    assert load_row(tmp_path, row, task).question == asked
+
+
+def test_an_id_may_be_zero(tmp_path):
+    for columns, name in (({"id": 0}, "0"), ({"image_id": 0}, "0"), ({"id": None, "image_id": 7}, "7"),
+                          ({"id": "a", "image_id": 7}, "a"), ({}, str(tmp_path / "rows.jsonl, row 1"))):
+        assert load_row(tmp_path, train_row(**columns)).id == name
+
+
+def test_blank_lines_are_no_rows_but_count_as_lines(tmp_path):
+    file = write_rows(tmp_path, ["", "  \t", train_row(), " \r", train_row(), "\v"])
+    assert [s.where for s in load_samples(file, GROUNDING)] == [f"{file}, row 3", f"{file}, row 5"]
+
+
+@pytest.mark.parametrize("text", [
+    "if |a|<|b|, find a", "|AB|<|CD|> 0", "a <| b |> c", "<|>", "< | image_pad | >"])
+def test_bars_of_mathematics_are_no_control_tokens(tmp_path, load_processor, text):
+    """Nor does the tokenizer take them for any."""
+    assert load_row(tmp_path, math_row(problem=text, answer=text), MATH).question == text
+    special = set(load_processor("qwen2_5_vl").tokenizer.added_tokens_decoder)
+    assert not special & set(load_processor("qwen2_5_vl").token_ids(text).tolist())
+
+
+def test_every_control_token_of_the_tokenizers_is_refused(tmp_path, load_processor):
+    for family in ("qwen2_vl", "qwen2_5_vl"):
+        added = load_processor(family).tokenizer.added_tokens_decoder.values()
+        names = [str(token) for token in added if "|" in str(token)]
+        assert "<|image_pad|>" in names and "<|im_end|>" in names
+        for name in names:
+            for row in (math_row(problem=f"a{name}b", answer="1"), math_row(answer=f"a{name}b")):
+                assert "control token" in mistake(load_row, tmp_path, row, MATH)
+
+
+@pytest.mark.parametrize("choices, answer, label", [
+    (["trout", "heron", "otter"], 2, "otter"), (["trout", "heron", "otter"], 0, "trout"),
+    (["trout", "heron", "otter"], 2.0, "otter"), ('["trout", "heron", "otter"]', 1, "heron"),
+    (["trout", "heron", "otter"], "C", "C"), (["trout", "heron", "otter"], "otter", "otter"),
+    (["3", "4", "5"], "4", "4"), ([3, 4, 5], 4, "4"), ([1, 2, 3], 2, "2"), (["1", "2", "3"], 2, "3"),
+    (["1", "2", "3"], "2", "2"), (list("abcdefghijklmnopqrstuvwxyz"), 25, "z"), ("[]", 2, "2"),
+    (None, 2, "2"), ("", "x", "x")])
+def test_an_answer_to_a_choice_is_a_text_a_letter_or_a_number_from_0(tmp_path, choices, answer, label):
+    """A number that is not itself a choice is an index, as in ScienceQA."""
+    pytest.importorskip("math_verify")
+    sample = load_row(tmp_path, math_row(choices=choices, answer=answer), MATH)
+    assert sample.label == label
+    given = choices if isinstance(choices, list) else json.loads(choices or "[]")
+    assert sample.choices == [str(choice) for choice in given]
+    for letter, choice in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", sample.choices):
+        assert f"{letter}. {choice}" in sample.question.partition("Choices: ")[2]
+    right = {answer for answer in sample.choices if rewards.same_answer(answer, label, sample.choices)}
+    assert len(right) == bool(given)
+
+
+def test_rows_with_a_mask_and_no_box_have_the_masks_box(tmp_path):
+    """The authors' columns of ReasonSeg. Compared with a search through all pixels."""
+    rng = np.random.default_rng(3)
+    rows, boxes = [], []
+    for index in range(6):
+        mask = np.zeros((80, 100), bool)
+        for y, x in rng.integers((80, 100), size=(index, 2)):
+            mask[y, x] = True
+        on = [(x, y) for y in range(80) for x in range(100) if mask[y, x]]
+        xs, ys = [x for x, _ in on], [y for _, y in on]
+        boxes.append([[min(xs), min(ys), max(xs) + 1, max(ys) + 1]] if on else [])
+        rows.append({"text": "a seat", "image": "image.png", "mask": mask.astype(int).tolist(),
+                     "image_id": "1", "ann_id": "0", "img_height": 80, "img_width": 100})
+    rows.append(rows[-1] | {"bbox": [1, 2, 3, 4]})           # a box, if there is one, is the label
+    samples = load_samples(write_rows(tmp_path, rows), GROUNDING, "test")
+    found = [[item["bbox_2d"] for item in sample.label] for sample in samples]
+    assert found == [*boxes, [[1, 2, 3, 4]]]
+    for mask in ([[0, 1]], np.zeros((100, 80)).tolist(), [], "image.png", [[0], [0, 1]]):
+        assert "row 1: " in mistake(load_row, tmp_path, rows[0] | {"mask": mask})
+    assert "no 'solution' or" in mistake(load_row, tmp_path, rows[0], TASKS["counting"]), \
+        "a mask does not say how many objects it shows"
+
+
+def test_the_authors_masks_give_their_boxes(shared):
+    """Their file has both, so the box of the mask can be compared with the one in the row."""
+    [sample] = load_samples(shared / "parquet" / "test", GROUNDING, "test")
+    rows, number, _ = sample.image.args
+    [x1, y1, x2, y2] = data.mask_box(data.read_row(rows, number)["mask"], sample.frame)
+    assert iou([x1, y1, x2, y2], sample.label[0]["bbox_2d"]) > 0.95
+
+
+def fingerprint_of(folder, *rows):
+    return data.fingerprint(load_samples(write_rows(folder, rows), GROUNDING))
+
+
+def test_a_fingerprint_is_of_what_samples_say_and_not_of_where_they_are(tmp_path):
+    rows = [train_row(), train_row(problem="the dog", solution="[]")]
+    before = fingerprint_of(tmp_path, *rows)
+    (tmp_path / "moved").mkdir()
+    assert fingerprint_of(tmp_path / "moved", "", *rows) == before, "another path, other row numbers"
+    for changed in (rows[:1], rows[::-1], [*rows, rows[0]], [train_row(problem="the cats"), rows[1]],
+                    [train_row(solution=[[10, 20, 30, 41]]), rows[1]],
+                    [train_row(img_width=50), rows[1]], [train_row(frame=[100, 81]), rows[1]],
+                    [train_row(choices=["a"]), rows[1]]):
+        assert fingerprint_of(tmp_path, *changed) != before, changed
+
+
+def test_fingerprints_open_no_image(tmp_path, monkeypatch):
+    """So 100,000 rows take a second."""
+    samples = load_samples(write_rows(tmp_path, [train_row()]), GROUNDING)
+    for sample in samples:
+        sample.image = None
+    monkeypatch.setattr(data, "open_image", None)
+    assert len(data.fingerprint(samples)) == 64
 
 
 def test_sources_that_are_not_there(tmp_path, monkeypatch):
@@ -631,22 +939,22 @@ def test_sources_that_are_not_there(tmp_path, monkeypatch):
     assert "no train data of its own" in complaint(None, task=TASKS["gui"])
     pytest.importorskip("datasets")
     (tmp_path / "folder").mkdir()
-    (tmp_path / "rows.csv").write_bytes(b"a,b")
     (tmp_path / "cut.parquet").write_bytes(b"PAR1 and no more")
-    for source in ("nowhere.jsonl", "data/nowhere", tmp_path / "a" / "b", tmp_path / "folder",
-                   tmp_path / "rows.csv", tmp_path / "cut.parquet"):
+    for source in (tmp_path / "folder", tmp_path / "cut.parquet"):
         assert f"{source}: no readable train data" in complaint(source)
-        assert "a file, a folder or a hub id" in complaint(source)
+        assert "JSON lines (.jsonl) or Parquet (pip install datasets)" in complaint(source)
+    for source in ("nowhere.jsonl", "data/nowhere", tmp_path / "a" / "b"):
+        assert f"{source}: no such f" in complaint(source)
     assert GROUNDING.data in complaint(None) and GROUNDING.eval_data in complaint(None, "test")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert "pip install datasets" in complaint("owner/name")
+    assert "pip install datasets" in complaint(tmp_path / "cut.parquet")
 
 
 def test_a_model_is_a_folder_or_comes_from_the_hub(tmp_path, monkeypatch):
     assert data.fetch(tmp_path) == tmp_path
 
-    def download(name, ignore_patterns):
-        assert "*.py" in ignore_patterns and "*.bin" in ignore_patterns
+    def download(name, repo_type, ignore_patterns, **limits):
+        assert repo_type == "model" and {"*.py", "*.bin"} <= set(ignore_patterns)
         return {"owner/name": tmp_path}[name]
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
