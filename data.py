@@ -375,27 +375,43 @@ class Processor:
     def __init__(self, path, task: Task, image_size=None, max_prompt_length=math.inf,
                  max_completion_length=math.inf):
         """Read the files beside a checkpoint's weights; image_size replaces the task's."""
-        from transformers import AutoTokenizer, Qwen2VLImageProcessorPil     # takes seconds
         self.task = task
         self.image_size = image_size or task.image_size
         self.max_prompt_length = max_prompt_length
         self.max_completion_length = max_completion_length
         try:
-            config = json.loads(Path(path, "config.json").read_text("utf-8"))
-            self.coordinates = config.get("coordinates") or COORDINATES[config["model_type"]]
-            limits = {"max_pixels": self.image_size ** 2} if task.keep_shape else {}
-            self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(path, **limits)
-            self.tokenizer = AutoTokenizer.from_pretrained(path)
-            template = Path(path, "chat_template.json")
-            if template.is_file():
-                self.tokenizer.chat_template = json.loads(template.read_text())["chat_template"]
-            require("image_pad" in self.tokenizer.chat_template, "its chat template has no images")
-            # If its files are missing, transformers makes an empty tokenizer.
-            image_id = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
-            require(image_id == config["image_token_id"], "its tokenizer is another model's")
+            self.read_files(Path(path))
+            # An empty picture shows now whether template, tokenizer and images fit together.
+            nothing = Image.new("RGB", (56, 56))
+            self.blank = self.encode(Sample("", "nothing", nothing, [], (56, 56), (56, 56),
+                                            "an empty picture"))
+        except DataError:
+            raise
         except Exception as error:       # foreign files make their readers raise nearly anything
             raise UserError(f"{path}: not a complete Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint "
                             f"({error!r:.300}); give one with --model") from None
+
+    def read_files(self, path: Path):
+        """Read image processor, tokenizer and chat template, and compare them with config.json."""
+        from transformers import AutoTokenizer, Qwen2VLImageProcessorPil     # takes seconds
+        config = json.loads((path / "config.json").read_text("utf-8"))
+        self.coordinates = config.get("coordinates") or COORDINATES[config["model_type"]]
+        limits = {"max_pixels": self.image_size ** 2} if self.task.keep_shape else {}
+        self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(path, **limits)
+        for ours, name in (("patch_size", "patch_size"), ("merge_size", "spatial_merge_size"),
+                           ("temporal_patch_size", "temporal_patch_size")):
+            size = getattr(self.image_processor, ours)
+            require(size == config["vision_config"].get(name, size),
+                    f"{ours} {size} of its image processor is another in config.json")
+        self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        template = path / "chat_template.json"
+        if template.is_file():
+            self.tokenizer.chat_template = json.loads(template.read_text())["chat_template"]
+        require("image_pad" in (self.tokenizer.chat_template or ""),
+                "no chat template that shows images")
+        # If its files are missing, transformers makes an empty tokenizer.
+        image_id = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        require(image_id == config["image_token_id"], "its tokenizer is another model's")
 
     def encode(self, sample: Sample) -> Example:
         """Image, prompt and label as the network takes them; a long prompt is never truncated."""
@@ -437,8 +453,10 @@ class Processor:
         text = text.format(question=question, width=frame[0], height=frame[1],
                            example=self.task.sample_answer)
         turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
-        return self.tokenizer.apply_chat_template([turn], tokenize=False,
-                                                  add_generation_prompt=True)
+        prompt = self.tokenizer.apply_chat_template([turn], tokenize=False,
+                                                    add_generation_prompt=True)
+        # Templates of thinking models open the thought, but ours is the model's to write.
+        return re.sub(r"<think>\s*$", "", prompt)
 
     def token_ids(self, text: str) -> torch.Tensor:
         """(T,) int64, always of a whole text: tokens merge across the seams of its parts."""
@@ -471,8 +489,3 @@ def fetch(name, kind: str = "model") -> Path:
     except Exception as error:           # no such name, no network, a full disk
         raise UserError(f"{name}: no such folder, nor does the Hugging Face hub give it "
                         f"({error!r:.300}); give a name that exists, or try again") from None
-
-def fingerprint(samples) -> str:
-    """TEMPORARY"""
-    import hashlib
-    return hashlib.sha256(repr([(s.question, s.label, s.frame, s.size) for s in samples]).encode()).hexdigest()

@@ -564,7 +564,8 @@ def read_json(path: Path) -> dict:
     except (OSError, ValueError, RecursionError) as error:
         content = error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: missing or damaged ({content!r:.80})")
+        raise CheckpointError(f"{path}: missing or damaged ({content!r:.80}); restore it, or do "
+                              "without its directory")
     return content
 
 def fused_rms_norm(module, x) -> torch.Tensor:

@@ -29,7 +29,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from PIL import Image
 from torch.distributed import fsdp
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -123,12 +122,9 @@ def train(settings: Settings):
         saved = on_first_rank(own_checkpoints, directory)
         source = saved[-1] if saved else data.fetch(settings.model)
         model.check_checkpoint(source)
-        processor = data.Processor(source, task, settings.image_size, settings.max_prompt_length)
-        # Settings that leave no usable prompt fail here, before the weights are read.
-        blank = data.Sample("", "nothing", Image.new("RGB", (56, 56)), [], (56, 56), (56, 56),
-                            "an empty picture")
-        filler = Group(processor.encode(blank), ids=[processor.token_ids("[]")],
-                       advantages=torch.zeros(1))
+        processor = data.Processor(source, task, settings.image_size, settings.max_prompt_length,
+                                   settings.max_completion_length)
+        filler = Group(processor.blank, ids=[processor.token_ids("[]")], advantages=torch.zeros(1))
         network, sampler = load_network(settings, source, device)
         optimizer = torch.optim.AdamW(network.parameters(), settings.learning_rate, fused=True)
         run = Run(settings, directory, model.read_files(source), processor, samples, filler,
