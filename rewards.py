@@ -27,9 +27,9 @@ import numpy as np
 MAX_OBJECTS = 120
 # The point in 0.5 does not end a sentence.
 SENTENCE = re.compile(r"(?:[^.!?\n。！？]|(?<=\d)\.(?=\d))+")
-# Full-width characters and the root sign, which math-verify does not know.
+# Math-verify knows neither full-width characters nor the root sign.
 CHARACTERS = {wide: wide - 0xFEE0 for wide in range(0xFF01, 0xFF5F)} | {ord("√"): r"\sqrt "}
-# Math-verify would multiply the letters of words (dog = god), and read 1 1/2 as 1.
+# Math-verify multiplies the letters of words (dog = god), reads 1 1/2 as 1, and long texts slowly.
 NO_FORMULA = re.compile(r"(?s)^[a-zA-Z ]{3,}$|\d\s+\d|.{201}")
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def format_score(predicted, label) -> float:
     return 2.0 if predicted == [] and count(label) == 0 else 0.0
 
 def accuracy_score(predicted, label, frame, thresholds) -> float:
-    """0 to 3: how well objects match objects; if a side has none, whether as many are meant."""
+    """0 to 3: for the best matching of objects; where a side lists none, for their number."""
     if isinstance(predicted, list) and isinstance(label, list) and predicted and label:
         return match_score(predicted, label, frame, thresholds)
     if predicted is None or count(predicted) != count(label):
@@ -98,7 +98,7 @@ def count(answer: list | str) -> int:
 
 def match_score(predicted, label, frame, thresholds) -> float:
     """0 to 3: what the best matching of n predicted with m labelled objects earns."""
-    # What is missing earns nothing: a box without area, and a point outside of any box.
+    # What is missing cannot earn: it becomes a box without area, or a point outside of any box.
     found = [[*item.get("bbox_2d", [0] * 4), *item.get("point_2d", [np.inf] * 2)]
              for item in predicted]
     wanted = []
@@ -152,8 +152,8 @@ def match(gains) -> list[tuple[int, int]]:
     column_of = np.full(n, -1)
     row_of = np.full(m, -1)
     for new_row in range(n):
-        # Dijkstra's shortest path from the new row to a free column: a taken one can be had at the
-        # cost of moving its row to another.
+        # Dijkstra's shortest path from the new row to a free column: a taken one can be passed by
+        # moving its row to another column.
         distance = costs[new_row].copy()
         came_from = np.full(m, new_row)
         # Of equally near columns, a free one comes first. None is visited twice.
@@ -217,7 +217,10 @@ def read_answer(completion: str, kind: str = "objects") -> list[dict] | str | No
     return objects
 
 def same_answer(predicted: str, label: str, choices=()) -> bool:
-    """Whether two answers are the same choice or text, or equal to math-verify within a second."""
+    """Whether two answers are the same choice or text, or equal to math-verify within a second.
+
+    Raises RuntimeError if math-verify is not installed.
+    """
     texts = [meaning(label, choices), meaning(predicted, choices)]
     if texts[0].casefold() == texts[1].casefold():
         return True
@@ -238,7 +241,7 @@ def meaning(answer: str, choices) -> str:
     # Among choices that have numbers, a number is no index.
     if not re.search(r"\d", "".join(options)):
         names |= dict(zip(map(str, range(26)), options))
-    # Texts go before letters: the choices may be points A, B, ... in another order.
+    # Text goes before letter: choices may be the points B, A, C.
     return text if text in options else names.get(text.strip("()").upper(), text)
 
 def plain(text: str) -> str:
@@ -253,20 +256,22 @@ def start_judge(process: int, thread: int) -> Popen:
 
 def judge() -> None:
     """Write True or False for each label and answer that standard input has as a line of JSON."""
-    # A job that is told to end still finishes its step.
+    # Where every process of a job is told to end, train.py still finishes its step.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     from math_verify import parse, verify
-    # A child judges. The kernel's alarm ends it even in 9^{9^{9^9}}, a single step in which Python
-    # handles no signals. Then that pair is not equal, and another child goes on.
+    # What sympy loads and prepares at first need takes longer than most pairs.
+    verify(parse("$x(x+1)$"), parse("$x^2+x$"))
+    # A child judges. After half a second of work on a pair the kernel ends it, even in 9^{9^{9^9}},
+    # a step in which Python handles no signals. Such a pair is not equal; a new child goes on.
     while os.fork():
         if os.wait()[1] == 0:
             return
         print(False, flush=True)
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_REAL, 0.8)
+        signal.setitimer(signal.ITIMER_PROF, 0.5)
         gold, answer = [parse(f"${text}$", parsing_timeout=None) for text in json.loads(line)]
         equal = verify(gold, answer, timeout_seconds=None)
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         print(equal, flush=True)
 
 if __name__ == "__main__":
