@@ -619,7 +619,7 @@ def test_other_formats_are_named_with_the_converter(tmp_path, name, content):
     if ".jsonl" in name:
         assert "row 1: " in message
     elif "." in name:
-        assert f"it is a {(tmp_path / name).suffix} file" in message
+        assert f"it is {(tmp_path / name).suffix}" in message
 
 
 def test_images_of_a_table_stay_on_disk_until_they_are_opened(shared, tmp_path):
