@@ -161,6 +161,7 @@ def open_table(path: Path, split: str):
             table = first_of(datasets.load_from_disk(str(path)), SPLITS[split])
             require(table, "it has other splits")
         else:
+            require(path.suffix in ("", ".parquet") or path.is_dir(), f"it is {path.suffix}")
             files = find_tables(path, split)
             table = datasets.load_dataset("parquet", data_files=files, split="train")
         # Arrow's format leaves images encoded: a damaged one stops nothing before its turn.
@@ -171,10 +172,7 @@ def open_table(path: Path, split: str):
 
 def find_tables(path: Path, split: str) -> list[str]:
     """A Parquet file itself, or those whose path below a folder names this split and no other."""
-    if path.is_file():
-        require(path.suffix == ".parquet", f"it is a {path.suffix} file")
-        return [str(path)]
-    files = []
+    files = [str(path)] if path.is_file() else []
     for file in sorted(path.rglob("*.parquet")):
         words = set(re.split("[^a-z]+", str(file.relative_to(path)).lower()))
         named = [name for name in SPLITS if words.intersection(SPLITS[name])]
@@ -192,9 +190,9 @@ def read_row(rows, number: int) -> dict:
     if not isinstance(rows, list):
         return rows[number].to_pylist()[0]
     # A file may begin with UTF-8's mark.
-    line = rows[number].removeprefix(b"\xef\xbb\xbf").strip()
-    require(line.startswith(b"{"), f"not a JSON object in UTF-8; {CONVERTER}")
-    return json.loads(line)
+    begin = rows[number].lstrip(b"\xef\xbb\xbf \t")[:1]
+    require(begin == b"{", f"not a JSON object in UTF-8; {CONVERTER}")
+    return json.loads(rows[number])
 
 def read_sample(rows, number: int, path: Path, task: Task) -> Sample:
     """One row, checked; a ValueError or a TypeError says what is wrong with it."""
@@ -238,8 +236,7 @@ def read_question(row: dict, kind: str) -> tuple[str, list]:
     choices = row.get("choices") or []
     if isinstance(choices, str):
         choices = json.loads(choices)
-    require(isinstance(choices, list) and len(choices) <= len(ascii_uppercase),
-            "choices are a list of at most 26, or its JSON text")
+    require(isinstance(choices, list) and len(choices) <= 26, "choices are a list of at most 26")
     if choices:
         question += "\nChoices: " + ", ".join(map("{}. {}".format, ascii_uppercase, choices))
     return question, choices
@@ -272,9 +269,7 @@ def mask_box(mask, frame) -> list:
     mask = np.asarray(mask)
     require(mask.shape[::-1] == frame, f"a mask is {frame[1]} rows of {frame[0]} zeros and ones")
     ys, xs = mask.nonzero()
-    if len(xs) == 0:
-        return []
-    return [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+    return [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1] if len(xs) else []
 
 def check_object(found: dict, frame):
     """Check a labelled object, cut it to its frame, and give it a point if it has none."""
@@ -317,7 +312,7 @@ def find_image(rows, number: int, folder: Path) -> Path | BytesIO:
     return folder / cell
 
 def open_image(source, only_size=False):
-    """An image in RGB, upright as its EXIF tag says, on white; or only its size, from its header."""
+    """An image in RGB, on white, upright as its EXIF tag says; or only its size by its header."""
     try:
         image = source() if callable(source) else source
         if not isinstance(image, Image.Image):
@@ -427,9 +422,7 @@ class Processor:
         except ValueError as error:
             raise DataError(f"{sample.where}: {error}") from None
         _, rows, columns = inputs["image_grid_thw"][0].tolist()
-        frame = (1000, 1000)
-        if self.coordinates == "pixels":
-            frame = (columns * patch, rows * patch)
+        frame = (columns * patch, rows * patch) if self.coordinates == "pixels" else (1000, 1000)
 
         # The template writes one <|image_pad|>; the network takes one for each image token.
         slots = "<|image_pad|>" * (rows * columns // merge**2)
@@ -447,9 +440,7 @@ class Processor:
 
     def write_prompt(self, question: str, frame) -> str:
         """The text that asks for an answer in this frame, in the checkpoint's chat template."""
-        text = self.task.instruction
-        if self.task.sample_answer:
-            text += FORMAT
+        text = self.task.instruction + (FORMAT if self.task.sample_answer else "")
         text = text.format(question=question, width=frame[0], height=frame[1],
                            example=self.task.sample_answer)
         turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}

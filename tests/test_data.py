@@ -619,7 +619,7 @@ def test_other_formats_are_named_with_the_converter(tmp_path, name, content):
     if ".jsonl" in name:
         assert "row 1: " in message
     elif "." in name:
-        assert f"it is a {(tmp_path / name).suffix} file" in message
+        assert f"it is {(tmp_path / name).suffix}" in message
 
 
 def test_images_of_a_table_stay_on_disk_until_they_are_opened(shared, tmp_path):
@@ -991,7 +991,7 @@ def test_the_rows_in_the_documentation_load_as_it_says(tmp_path):
 
 def test_the_python_in_the_documentation_runs_and_prints_what_it_shows(monkeypatch):
     monkeypatch.setattr(data, "TASKS", dict(TASKS))
-    walk, new_task = blocks("python")
+    walk, new_task, new_reward = blocks("python")
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(walk, {})
@@ -1001,12 +1001,18 @@ def test_the_python_in_the_documentation_runs_and_prints_what_it_shows(monkeypat
     example = processor.encode(make_sample(Image.new("RGB", (48, 48)), LABEL))
     written = f"<answer>{json.dumps(example.label)}</answer>"
     assert processor.score(written, example)["accuracy"] == 3
+    exec(new_reward, {})
+    processor = Processor(DIGITS.model, data.TASKS["plates"], image_size=48)
+    example = processor.encode(make_sample(Image.new("RGB", (48, 48))))
+    example.label = "X 1"
+    assert processor.score("<answer>X 1</answer>", example) == {"accuracy": 1, "short": 1}
+    assert processor.score("so " * 99 + "<answer>X</answer>", example) == {"accuracy": 0, "short": 0}
 
 
 def test_the_documentation_names_every_task_column_and_metric():
     text = (ROOT / "docs" / "data.md").read_text()
     columns = ("id", "image_id", "problem", "text", "solution", "bbox", "answer", "count", "choices",
-               "frame", "img_width", "img_height", "image", "images")
+               "frame", "img_width", "img_height", "image", "images", "mask")
     for name in (*TASKS, *columns):
         assert f"`{name}`" in text, name
     for task in TASKS.values():

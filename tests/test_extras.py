@@ -544,26 +544,110 @@ def test_masks_on_the_command_line(masks, sam_folder, capsys):
 # ---- Other people's data --------------------------------------------------------------------------------------------
 
 
-def test_vlm_r1s_rows_become_ours(tmp_path, monkeypatch, capsys):
-    """Boxes, no box, a number, as a list and as lines; images are found from where the new file is."""
-    import vlm_r1
+def turns(question, answer, *before):
+    """The turns of LLaVA and VLM-R1."""
+    return [*before, {"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
-    assert doctest.testmod(vlm_r1) == (0, 2)
+
+def converted(*arguments):
+    """The samples that convert.py makes of rows.json, whose images are in coco/."""
+    import convert
+
+    convert.main(["rows.json", "--images", "coco", "--output", "ours/rows.jsonl", *arguments])
+    return data.load_samples("ours/rows.jsonl", data.TASKS["counting"])
+
+
+@pytest.fixture
+def coco(tmp_path, monkeypatch):
+    """A folder to work in, with coco/cats.png of 400 x 300 and ours/."""
     monkeypatch.chdir(tmp_path)
     Path("coco").mkdir()
     Path("ours").mkdir()
     Image.new("RGB", (400, 300)).save("coco/cats.png")
+
+
+def test_doctests_of_the_converter():
+    import convert
+
+    assert doctest.testmod(convert) == (0, 3)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("lines", [False, True])
+def test_vlm_r1s_rows_become_ours(coco, capsys, encoding, lines):
+    """Boxes, no box, a number, as a list and as lines; images are found from where the new file is."""
     rows = []
-    for given in ("<answer>[12, 40, 210, 290]</answer>", "[[1, 2, 30, 40], [5, 6.5, 70, 80]]", "2"):
-        rows.append({"id": len(rows), "image": "cats.png", "conversations": [
-            {"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": given}]})
-    Path("list.json").write_text(json.dumps(rows))
-    Path("lines.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    for name in ("list.json", "lines.jsonl"):
-        vlm_r1.main([name, "--images", "coco", "--output", "ours/rows.jsonl"])
-        samples = data.load_samples("ours/rows.jsonl", data.TASKS["counting"])
-        assert [sample.question for sample in samples] == ["What?"] * 3
-        assert [[found["bbox_2d"] for found in sample.label] for sample in samples[:2]] == [
-            [[12, 40, 210, 290]], [[1, 2, 30, 40], [5, 6.5, 70, 80]]]
-        assert samples[2].label == "2" and data.open_image(samples[0].image).size == (400, 300)
-    assert "3 rows" in capsys.readouterr().out
+    for given in ("<answer>[12, 40, 210, 290]</answer>", "[[1, 2, 30, 40], [5, 6.5, 70, 80]]", "2", "[]"):
+        rows.append({"id": len(rows), "image": "cats.png", "conversations": turns("<image>Wh\u2028at?", given)})
+    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows) if lines else json.dumps(rows, indent=1)
+    Path("rows.json").write_bytes(text.encode(encoding))
+    samples = converted()
+    assert [sample.question for sample in samples] == ["wh\u2028at"] * 4
+    assert [sample.id for sample in samples] == list("0123")
+    boxes = [[found["bbox_2d"] for found in sample.label] for sample in samples if isinstance(sample.label, list)]
+    assert boxes == [[[12, 40, 210, 290]], [[1, 2, 30, 40], [5, 6.5, 70, 80]], []]
+    assert samples[2].label == "2" and data.open_image(samples[0].image).size == (400, 300)
+    assert "4 rows, 0 bad rows left out" in capsys.readouterr().out
+
+
+def swift(content, answer=None, **columns):
+    answers = [{"role": "assistant", "content": answer}] if answer else []
+    return {"images": ["cats.png"], "messages": [{"role": "user", "content": content}, *answers], **columns}
+
+
+SYSTEM = {"from": "system", "value": "You are helpful."}
+BOX = [{"bbox_2d": [20, 30, 90, 120], "point_2d": [55, 75]}]
+OBJECTS = {"ref": ["cat"], "bbox": [[20, 30, 90, 120]]}
+
+
+@pytest.mark.parametrize("row, question, label", [
+    ({"image": "cats.png", "conversations": turns("<image>\nFind", '{"bbox_2d": [20, 30, 90, 120]}', SYSTEM)},
+     "find", BOX),
+    ({"image": ["cats.png"], "conversations": turns("Find", "```json\n" + json.dumps(BOX) + "\n```")}, "find", BOX),
+    (swift("<image>How many?", solution="3"), "how many", "3"),
+    (swift("<image>How many?", "4"), "how many", "4"),
+    ({"images": ["cats.png"], "query": "<image>How many?", "response": "5"}, "how many", "5"),
+    (swift("<image>Find the <ref-object>", "It is at <bbox>", objects=OBJECTS), "find the cat", BOX),
+    (swift("Find", "<bbox>", objects={"bbox": [[0.05, 0.1, 0.225, 0.4]], "bbox_type": "norm1"}), "find",
+     [{"bbox_2d": [0.05, 0.1, 0.225, 0.4], "point_2d": [0.1375, 0.25]}]),
+    ({"images": ["cats.png"], "problem": "Cat", "solution": [[20, 30, 90, 120]]}, "cat", BOX)])
+def test_rows_of_others_become_ours(coco, row, question, label):
+    """LLaVA's without an id and with a system turn, ms-swift's in its three ways, and those that are ours but a list."""
+    Path("rows.json").write_text(json.dumps([row]))
+    [sample] = converted()
+    assert (sample.question, sample.label, sample.size) == (question, label, (400, 300))
+
+
+def test_converted_boxes_may_run_to_a_frame(coco):
+    Path("rows.json").write_text(json.dumps([{"image": "cats.png", "conversations": turns("Find", "[0, 0, 900, 990]")}]))
+    assert converted("--frame", "1000", "1000")[0].frame == (1000, 1000)
+
+
+@pytest.mark.parametrize("row, complaint", [
+    ({"image": "cats.png", "conversations": turns("a", "b") + turns("c", "d")}, "more than a question and its answer"),
+    ({"image": "cats.png", "conversations": [{"from": "tool", "value": "x"}]}, "more than a question"),
+    ({"conversations": turns("a", "b")}, "no image"), ({"image": "cats.png"}, "no question"),
+    ({"image": ["a.png", "b.png"], "conversations": turns("a", "b")}, "too many values"),
+    (swift("How many?"), "no answer"), ([1], "'list' object"), ({"image": 7, "text": "a"}, "'int' object")])
+def test_a_row_that_cannot_be_converted_is_one_line_or_counted(coco, capsys, row, complaint):
+    good = {"image": "cats.png", "conversations": turns("a", "5")}
+    Path("rows.json").write_text(json.dumps([good, row]))
+    with pytest.raises(SystemExit) as stop:
+        converted()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("convert.py: rows.json: row 2: ") and error.count("\n") == 1
+    assert complaint in error and "--skip_bad_rows" in error and not list(Path("ours").iterdir())
+    assert [sample.label for sample in converted("--skip_bad_rows")] == ["5"]
+    assert "1 rows, 1 bad rows left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["a,b\n", "[{", ""])
+def test_what_the_converter_cannot_read_is_one_line(coco, capsys, content):
+    Path("rows.json").write_text(content)
+    import convert
+
+    with pytest.raises(SystemExit) as stop:
+        convert.main(["rows.json" if content else "nowhere.json", "--output", "ours/rows.jsonl"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("convert.py: ") and error.count("\n") == 1
+    assert not list(Path("ours").iterdir())
