@@ -373,13 +373,14 @@ class Processor:
         self.task = task
         self.image_size = image_size or task.image_size
         self.max_prompt_length = max_prompt_length
-        self.max_completion_length = max_completion_length
+        self.max_completion_length = math.inf
         try:
             self.read_files(Path(path))
             # An empty picture shows now whether template, tokenizer and images fit together.
             nothing = Image.new("RGB", (56, 56))
             self.blank = self.encode(Sample("", "nothing", nothing, [], (56, 56), (56, 56),
                                             "an empty picture"))
+            self.max_completion_length = max_completion_length
         except DataError:
             raise
         except Exception as error:       # foreign files make their readers raise nearly anything

@@ -299,6 +299,9 @@ def check_claim(directory: Path, lock, resume: bool):
         flock(lock, LOCK_EX | LOCK_NB)
     except BlockingIOError:
         raise data.UserError(f"{directory}: another run is at work there") from None
+    # A full disk shows here, before any work.
+    lock.write(f"process {os.getpid()}")
+    lock.flush()
     others = {path.name for path in directory.iterdir()} - {".lock"}
     data.require(not others or resume and "config.json" in others, f"{directory} is not empty: "
                  "give another --output_dir, or --resume if a run of train.py was in it")
