@@ -261,8 +261,9 @@ def judge() -> None:
     from math_verify import parse, verify
     # What sympy loads and prepares at first need takes longer than most pairs.
     verify(parse("$x(x+1)$"), parse("$x^2+x$"))
-    # A child judges. After half a second of work on a pair the kernel ends it, even in 9^{9^{9^9}},
-    # a step in which Python handles no signals. Such a pair is not equal; a new child goes on.
+    # A child judges. After half a second of work on a pair the kernel ends it, even in a step in
+    # which Python handles no signals, as 9^{9^{9^9}} is to gmpy2. Then the pair is not equal, and
+    # a new child goes on.
     while os.fork():
         if os.wait()[1] == 0:
             return
