@@ -689,6 +689,7 @@ MISTAKES = [
     ("Expecting value", train_row(choices="['3', '4']")),
     ("a sample is about one image", train_row(problem="is <image> larger than <image>?")),
     ("a sample is about one image", train_row(problem="<image> or <video>?")),
+    ("a sample is about one image", train_row(problem="<video> what is it?")),
     ("3 is no choice, nor its index from 0", math_row(answer=3, choices=["x", "y", "z"])),
     ("-1 is no choice, nor its index from 0", math_row(answer=-1, choices=["x", "y", "z"])),
     ("two positive numbers", train_row(frame=[0, 1000])),
