@@ -590,14 +590,15 @@ def named_errors(path):
 def read_files(path) -> dict[str, bytes]:
     """What a checkpoint has beside weights: configs, tokenizer, template, licence; never code."""
     files = {}
-    for file in sorted(Path(path).iterdir()):
+    for file in Path(path).iterdir():
         known = file.suffix in (".json", ".jinja", ".txt") or file.name.startswith("LICENSE")
-        if known and not file.name.endswith((".index.json", "_state.json")):
+        ours = file.name.endswith((".index.json", "_state.json"))
+        if known and not ours and file.is_file():
             files[file.name] = file.read_bytes()
     return files
 
 def save_pretrained(network: GroupPolicy, directory, source, dtype=torch.bfloat16):
-    """Write a Hugging Face checkpoint with the files of `source`, which is as read_files' or a path.
+    """Write a Hugging Face checkpoint; other files are those of `source`, a path or read_files'.
 
     config.json is the source's own but for its type, so transformers 4 can read it, too.
     """

@@ -25,7 +25,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "extras")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
@@ -34,6 +34,7 @@ import transformers
 
 import model
 import visurf
+from memory import empty_network
 
 IMAGE, VISION_START, VISION_END = 3, 4, 5
 SIZES = {  # about 1 M parameters, and about 100 M with the vocabulary of Qwen2-VL
@@ -91,7 +92,7 @@ def make_networks(size: str):
 
 def random_network(config, dtype=torch.float32, device="cpu") -> model.GroupPolicy:
     """Our network with random weights, made where it is used: no file, no copy."""
-    network = model.empty_network(config, dtype)
+    network = empty_network(config, dtype)
     network.to_empty(device=device)
     network.vlm.tie_weights()
     torch.manual_seed(0)

@@ -32,6 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "extras")]
 import data
 import model
 import visurf
+from memory import empty_network
 from make_digits import COLOURS, NEIGHBOURS, PLACES, SYNONYMS, VALUES, ask, draw
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
@@ -186,7 +187,7 @@ def write_configs(directory: Path, vocab: dict):
 
 def random_network(directory: Path) -> model.GroupPolicy:
     """A network by the configuration in a folder, with PyTorch's usual random weights."""
-    network = model.empty_network(AutoConfig.from_pretrained(directory))
+    network = empty_network(AutoConfig.from_pretrained(directory))
     network.to_empty(device="cpu")
     for module in network.vlm.modules():
         network.vlm._init_weights(module)        # norms, and the buffers of rotary tables

@@ -12,10 +12,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import torch
 import transformers
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import model
+
+
+def empty_network(config, dtype=torch.float32) -> model.GroupPolicy:
+    """A network of shapes only, without memory: its parameters are on the meta device."""
+    with torch.device("meta"):
+        return model.GroupPolicy(transformers.AutoModelForImageTextToText.from_config(
+            config, dtype=dtype, attn_implementation=model.ATTENTION))
 
 
 def parameters(config) -> tuple[int, int, int]:
@@ -23,7 +31,7 @@ def parameters(config) -> tuple[int, int, int]:
     def count(module) -> int:
         return sum(parameter.numel() for parameter in module.parameters())
 
-    network = model.empty_network(config)
+    network = empty_network(config)
     blocks = [count(block) for block in network.modules() if isinstance(block, GradientCheckpointingLayer)]
     return count(network), max(blocks), count(network) - sum(blocks)
 

@@ -302,7 +302,7 @@ def test_a_mistake_is_told_once(tmp_path):
     ranks = Ranks(2, tmp_path / "out", "ranks:main", "--output_dir", tmp_path / "run",
                   "--data", "nowhere.jsonl")
     assert ranks.wait(30) == [2, 2]
-    assert ranks.text().startswith("train.py: nowhere.jsonl: no readable train data")
+    assert ranks.text().startswith("train.py: nowhere.jsonl: no such file or folder")
     assert ranks.text().count("\n") == 1
     ranks = Ranks(2, tmp_path / "out2", "ranks:main", "--batch_size", "0")
     assert ranks.wait(30) == [2, 2] and ranks.text().count("--batch_size") == 1
