@@ -18,12 +18,18 @@ import json
 import math
 import os
 import shutil
+import signal
+import sys
 import time
 import warnings
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    # Importing and loading take a while, in which Ctrl-C has nothing to save.
+    signal.signal(signal.SIGINT, lambda *_: sys.exit("train.py: stopped before the first step"))
 
 import numpy as np
 import torch
@@ -56,8 +62,7 @@ class Settings:
     micro_batch_size: int = flag(1, "prompts, with their groups, in one forward pass", low=1)
     num_generations: int = flag(8, "rollouts of each prompt (G)", low=1, high=1024)
     max_prompt_length: int = flag(4096, "longest prompt in tokens; none is ever cut", low=1)
-    max_completion_length: int = flag(512, "longest rollout in tokens; an update's memory grows "
-                                      "with its square", low=1, high=8192)
+    max_completion_length: int = flag(512, "tokens; memory grows as its square", low=1, high=8192)
     temperature: float = flag(1.0, "of sampling and of log-probs", low=0.01)
     learning_rate: float = flag(1e-6, "of AdamW, constant")
     align_label: bool = flag(True, "control 1: write the label in the rollouts' style")
@@ -68,7 +73,7 @@ class Settings:
     checkpoint_activations: bool = flag(True, "compute activations twice to save memory")
     cpu_offload: bool = flag(False, "keep weights and optimizer off the GPU: much slower")
     cuda_graph: bool = flag(True, "on a GPU, capture the decoding step: faster")
-    timeout: float = flag(30, "minutes to wait for a rank that does not answer", low=0.01, high=1e4)
+    timeout: float = flag(30, "minutes to wait for a silent rank", low=0.01, high=1e4)
     save_steps: int = flag(100, "steps between checkpoints", low=1)
     keep: int = flag(1, "checkpoints to keep", low=1)
 
@@ -122,8 +127,10 @@ def train(settings: Settings):
         saved = on_first_rank(own_checkpoints, directory)
         source = saved[-1] if saved else data.fetch(settings.model)
         model.check_checkpoint(source)
+        # Without labels in the group, one that no rollout can be as long as has no use.
+        longest_label = settings.max_completion_length if settings.method == "rlvr" else math.inf
         processor = data.Processor(source, task, settings.image_size, settings.max_prompt_length,
-                                   settings.max_completion_length)
+                                   longest_label)
         filler = Group(processor.blank, ids=[processor.token_ids("[]")], advantages=torch.zeros(1))
         network, sampler = load_network(settings, source, device)
         optimizer = torch.optim.AdamW(network.parameters(), settings.learning_rate, fused=True)
@@ -134,9 +141,10 @@ def train(settings: Settings):
         on_first_rank(write_text, directory / "config.json", json.dumps(config, indent=2))
         resume(run)
         if is_first():
+            parts = " + ".join(processor.score("", filler.example))
             print(f"{settings.method} on {settings.task}, {dist.get_world_size()} x {device.type}, "
-                  f"{len(samples)} samples")
-            print("A policy loss near 0 is normal: advantages have mean 0. Watch the rewards.")
+                  f"{len(samples)} samples\nA policy loss near 0 is normal: advantages have mean 0. "
+                  f"Watch the rewards: {parts}.")
         loop(run)
 
 def loop(run: Run):
@@ -222,7 +230,6 @@ def encode_share(run: Run, indices: range) -> tuple[list[Group], int]:
     groups = []
     bad_rows = []
     for index in my_share(indices):
-        # Each epoch has an order of its own.
         epoch, place = divmod(index, len(run.samples))
         order = np.random.default_rng([run.settings.seed, epoch]).permutation(len(run.samples))
         # The same on any rank. Hashed, because with seed + index, seed 1 would replay seed 0.
@@ -311,13 +318,10 @@ def plan(run: Run, groups: list[Group]) -> tuple[list[list[Group]], float]:
     useful.sort(key=lambda group: max(map(len, group.ids)))
     size = run.settings.micro_batch_size
     micro_batches = [useful[i : i + size] for i in range(0, len(useful), size)]
-    tokens = 0
-    for group in groups:
-        tokens += sum(map(len, group.ids))
+    tokens = sum(len(ids) for group in groups for ids in group.ids)
     of_all_ranks = np.array(gather([(len(micro_batches), tokens)]))  # (W, 2)
     # FSDP's exchanges need all ranks: one with fewer micro-batches computes fillers.
-    missing = of_all_ranks[:, 0].max() - len(micro_batches)
-    micro_batches += [[run.filler]] * missing
+    micro_batches += [[run.filler]] * (of_all_ranks[:, 0].max() - len(micro_batches))
     # FSDP averages gradients over ranks, so each rank divides by its fair share of all tokens.
     return micro_batches, of_all_ranks[:, 1].mean()
 
@@ -375,10 +379,8 @@ def check_memory(settings: Settings, network, device):
     """UserError if weights and optimizer alone do not fit on the GPU."""
     # While sampling, the whole network in bfloat16; always, a share of the 16 bytes that a weight
     # takes with its gradient and AdamW's moments in float32.
-    bytes_each = 2.0
-    if not settings.cpu_offload:
-        bytes_each += 16 / dist.get_world_size()
-    needed = bytes_each * sum(weight.numel() for weight in network.parameters())
+    share = 0 if settings.cpu_offload else 16 / dist.get_world_size()
+    needed = (2 + share) * sum(weight.numel() for weight in network.parameters())
     available = torch.cuda.get_device_properties(device).total_memory
     require(needed <= available, f"this --model needs {needed / 1e9:.0f} of "
             f"{available / 1e9:.0f} GB before any activation: use more GPUs or --cpu_offload")
@@ -483,18 +485,15 @@ def own_checkpoints(directory: Path) -> list[Path]:
 
 def compare_with_before(directory: Path, config: dict):
     """UserError if this is another run than the one in the directory; print what changed."""
-    path = directory / "config.json"
-    if not path.exists():
+    if not (directory / "config.json").exists():
         return
-    before = model.read_json(path)
-    require(before.get("data_sha256") == config["data_sha256"],
-            f"{directory} holds a run on other rows than those of --data {config['data']}")
-    changed = [name for name in config if config[name] != before.get(name) and name != "resume"]
-    for name in changed:
-        require(name not in FIXED, f"{directory} holds a run with --{name} {before.get(name)!r}, "
-                "which --resume cannot change")
-    for name in changed:
-        print(f"--{name} {config[name]} from here on, before it was {before.get(name)}")
+    before = model.read_json(directory / "config.json")
+    for name in (*FIXED, "data_sha256"):
+        require(before.get(name) == config[name], f"{directory} holds a run with {name} "
+                f"{before.get(name)!r}, not {config[name]!r}: --resume cannot change it")
+    for name in config:
+        if config[name] != before.get(name) and name != "resume":
+            print(f"--{name} {config[name]} from here on, before it was {before.get(name)}")
 
 def resume(run: Run):
     """Go on from the last checkpoint, if there is one, on as many ranks as there are now."""

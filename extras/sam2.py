@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.nn.functional import interpolate
 from tqdm import tqdm
 
@@ -103,10 +103,13 @@ def read_mask(sample: data.Sample) -> np.ndarray:
                 source = BytesIO(base64.b64decode(cell.partition(",")[2]))
             else:
                 source = sample.image.args[2] / cell
-            values = np.asarray(data.open_image(source)).max(axis=2)
+            # Not data.open_image, which puts transparent images on white: here that is an object.
+            image = ImageOps.exif_transpose(Image.open(source)).convert("RGBA")
+            values = np.asarray(image, dtype=float)
+            values = (values[..., :3] * values[..., 3:]).max(axis=2)
         # JPEG's black is not quite black.
         return values > values.max() / 2
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OSError) as error:
         raise data.UserError(f"{sample.where}: unreadable mask ({error})") from None
 
 

@@ -529,7 +529,7 @@ def test_masks_on_the_command_line(masks, sam_folder, capsys):
     (masks / "other.jsonl").write_text((masks / "rows.jsonl").read_text().splitlines()[0])
     (masks / "empty.json").write_text("[]")
     for arguments, complaint in ((["--masks", masks], "not a SAM 2 checkpoint"),
-                                 (["--masks", masks / "no"], "no such folder"),
+                                 (["--masks", masks / "no"], "no such file or folder"),
                                  (["--masks", sam_folder, "--data", masks / "other.jsonl"], "does not hold")):
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
