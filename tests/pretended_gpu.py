@@ -9,12 +9,13 @@ A tensor of class Cuda says that it is on cuda:0 and keeps its numbers in a CPU 
     - a captured graph repeats its operations on the tensors of its capture, and the capture itself computes nothing
 
 It cannot see rounding (it adds up as a CPU does), speed, memory, streams (an operation is done when its call returns),
-collectives (it is one process), nor what only a kernel itself refuses. Those need a real GPU, see test_cuda.py.
+collectives (it is one process), nor what only a kernel itself refuses. Those need a real GPU: test_cuda.py.
 """
 
 import sys
 from collections import Counter
 from contextlib import ExitStack, contextmanager
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -27,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 aten = torch.ops.aten
-DEVICE = torch.device("cuda", 0)
+GPU = torch.device("cuda", 0)
 SIZE_UNKNOWN = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default,
                 aten.repeat_interleave.Tensor, aten.unique_consecutive.default, aten.equal.default}
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
@@ -42,7 +43,6 @@ class Seen:
     capturing = False     # the last of them is being captured
 
 
-# ---- Tensors and operations ------------------------------------------------------------------------------------------
 class Cuda(torch.Tensor):
     """A tensor that says it is on cuda:0; its numbers are in a CPU tensor, `numbers`."""
 
@@ -56,7 +56,7 @@ class Cuda(torch.Tensor):
     def __init__(self, numbers):
         self.numbers = numbers
 
-    device = property(lambda self: DEVICE)
+    device = property(lambda self: GPU)
     is_cuda = property(lambda self: True)
     is_meta = property(lambda self: False)
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -112,28 +112,21 @@ def run(function, args, kwargs):
     if mixed or copied or by_mask or function in SIZE_UNKNOWN:
         note_wait(function)
 
-    cpu_args, cpu_kwargs = tree_map_only(Cuda, get_numbers, (args, kwargs))
+    cpu_args, cpu_kwargs = tree_map_only(Cuda, attrgetter("numbers"), (args, kwargs))
     if goes_to_gpu(kwargs):
         cpu_kwargs["device"] = torch.device("cpu")
-    if Seen.capturing:
-        output = Seen.graphs[-1].record(function, cpu_args, cpu_kwargs)
-    else:
-        output = compute(function, cpu_args, cpu_kwargs)
+    do = Seen.graphs[-1].record if Seen.capturing else compute
+    output = do(function, cpu_args, cpu_kwargs)
     if not to_gpu:
         return output
     return return_and_correct_aliasing(function, args, kwargs, tree_map_only(torch.Tensor, Cuda, output))
-
-
-def get_numbers(tensor: Cuda) -> torch.Tensor:
-    return tensor.numbers
 
 
 def compute(function, args, kwargs):
     if function in (aten.mm.dtype, aten.bmm.dtype):
         # A CPU has no products with out_dtype.
         a, b, dtype = args
-        assert a.dtype == b.dtype == torch.bfloat16 and dtype == torch.float32
-        return a.float() @ b.float()
+        return torch.matmul(a.to(dtype), b.to(dtype))
     return function(*args, **kwargs)
 
 
@@ -151,7 +144,6 @@ def place() -> str:
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {frame.f_code.co_name}"
 
 
-# ---- Graphs ----------------------------------------------------------------------------------------------------------
 class Graph:
     """In the place of torch.cuda.CUDAGraph."""
 
@@ -159,10 +151,9 @@ class Graph:
         self.operations = []    # (function, args, kwargs, output) with tensors of the CPU
 
     def record(self, function, args, kwargs):
-        """The output of an operation, in memory that only `replay` fills."""
-        if function._schema.is_mutable:
-            output = args[0]
-        else:
+        """The output of an operation: memory that only `replay` fills."""
+        output = args[0]
+        if not function._schema.is_mutable:
             output = compute(function, args, kwargs)
             for tensor in tree_leaves(output):
                 if tensor.is_floating_point() and not function.is_view:
@@ -189,12 +180,13 @@ def capture(graph, **_):
         Seen.capturing = False
 
 
-# ---- Attention -------------------------------------------------------------------------------------------------------
 plain_attention = F.scaled_dot_product_attention
+plain_data = torch.Tensor.data
+plain_init_process_group = dist.init_process_group
 
 
 def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """Torch's plain attention, in the layout of CUDA's fused kernels: (B, heads, S, E) lies as (B, S, heads, E)."""
+    """Torch's plain attention in the layout of CUDA's fused kernels: (B, heads, S, E) lies as (B, S, heads, E)."""
     output = plain_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if q.is_cuda:
         Seen.kernels[choose_kernel(q, k, attn_mask, is_causal, enable_gqa)] += 1
@@ -205,28 +197,21 @@ def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=Non
 def choose_kernel(q, k, mask, causal: bool, grouped: bool) -> str:
     """The first enabled kernel that can do it, in the order of torch 2.13 on an H100 (sdp_utils.cpp)."""
     enabled = torch.backends.cuda
-    half = q.dtype in (torch.float16, torch.bfloat16)
-    width = q.shape[-1]
     equal_heads = q.shape[1] == k.shape[1]
+    width = q.shape[-1]
     if mask is not None and mask.dtype not in (torch.bool, q.dtype):
         raise RuntimeError("invalid dtype for bias - should match query's dtype")
-    if half and (equal_heads or grouped):
+    if q.dtype == torch.bfloat16 and (equal_heads or grouped):
         if enabled.cudnn_sdp_enabled() and width <= 128 and width % 8 == 0:
             return "cudnn"
         if enabled.flash_sdp_enabled() and width <= 256 and mask is None:
             return "flash"
-    unit = 8 if half else 4
-    if enabled.mem_efficient_sdp_enabled() and equal_heads and width % unit == 0 and not (causal and mask is not None):
+    if enabled.mem_efficient_sdp_enabled() and equal_heads and width % 8 == 0 and not (causal and mask is not None):
         padded = mask is not None and any(stride % 8 for stride in mask.stride()[:-1])
         return "efficient, with a copy of the mask" if padded else "efficient"
     if not enabled.math_sdp_enabled():
         raise RuntimeError("No available kernel. Aborting execution.")
     return "math"
-
-
-# ---- Who asks for a GPU ----------------------------------------------------------------------------------------------
-plain_data = torch.Tensor.data
-plain_init_process_group = dist.init_process_group
 
 
 def set_data(tensor, source):
@@ -246,27 +231,27 @@ def init_process_group(backend, **more):
 @contextmanager
 def pretended_gpu():
     """Inside, torch has one GPU; yields its device and begins to note what is `Seen`."""
-    unused = mock.MagicMock()
     for notes in (Seen.waits, Seen.kernels, Seen.graphs):
         notes.clear()
+    unused = mock.MagicMock()
+    cuda = {
+        "is_available": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0,
+        "get_device_properties": lambda _: SimpleNamespace(total_memory=80e9), "CUDAGraph": Graph, "graph": capture,
+        "is_current_stream_capturing": lambda: Seen.capturing,
+        **dict.fromkeys(("_lazy_init", "set_device", "Stream", "Event", "current_stream", "stream"), unused)}
     with ExitStack() as stack:
-        for patches in (
-            mock.patch.multiple(
-                torch.cuda, is_available=lambda: True, device_count=lambda: 1, current_device=lambda: 0,
-                get_device_properties=lambda _: SimpleNamespace(total_memory=80e9), CUDAGraph=Graph, graph=capture,
-                is_current_stream_capturing=lambda: Seen.capturing, _lazy_init=unused, set_device=unused,
-                Stream=unused, Event=unused, current_stream=unused, stream=unused),
-            mock.patch.multiple(torch._C, _get_accelerator=lambda *_: DEVICE),
-            mock.patch.multiple(torch, _has_compatible_shallow_copy_type=lambda *_: True),
-            mock.patch.multiple(torch.Tensor, data=property(plain_data.__get__, set_data)),
-            mock.patch.multiple(DTensor, device=property(lambda self: self._local_tensor.device),
-                                is_meta=property(lambda self: False)),
-            mock.patch.multiple(F, scaled_dot_product_attention=attention),
-            mock.patch.multiple(dist, init_process_group=init_process_group),
-            Dispatch(),
+        for owner, values in (
+            (torch.cuda, cuda),
+            (torch, {"_has_compatible_shallow_copy_type": lambda *_: True}),
+            (torch._C, {"_get_accelerator": lambda *_: GPU}),
+            (torch.Tensor, {"data": property(plain_data.__get__, set_data)}),
+            (DTensor, {"device": property(lambda self: GPU), "is_meta": property(lambda self: False)}),
+            (F, {"scaled_dot_product_attention": attention}),
+            (dist, {"init_process_group": init_process_group}),
         ):
-            stack.enter_context(patches)
+            stack.enter_context(mock.patch.multiple(owner, **values))
         # torch.tensor(..., device="cuda") then makes a tensor of the CPU and copies it.
         torch._C._set_only_lift_cpu_tensors(True)
         stack.callback(torch._C._set_only_lift_cpu_tensors, False)
-        yield DEVICE
+        stack.enter_context(Dispatch())
+        yield GPU

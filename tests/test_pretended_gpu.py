@@ -1,18 +1,18 @@
 """What runs on CUDA alone, on a pretended GPU (pretended_gpu.py says what that cannot see): in bfloat16, one family."""
 
 import copy
-import json
-import shutil
+import os
 
 import pytest
 import torch
 from pretended_gpu import Seen, pretended_gpu
+from safetensors.torch import load_file
 from test_model import PROMPTS
 
 import model
 import train
 
-# Waits for the GPU in a pass over four prompts, transformers' own included; 4 are for the pixels of each.
+# Of the CPU for the GPU, in a pass over four prompts: transformers' own included, and 4 for the pixels of each.
 WAITS = 22
 
 
@@ -41,7 +41,7 @@ def test_sampling_and_training_on_a_gpu(reference, gpu):
     network = model.load_pretrained(reference("qwen2_vl")[1], torch.bfloat16, gpu)
     network.stop_tokens = [2, 3]
     rollouts = model.generate(network, PROMPTS, 4, 150)
-    assert len(Seen.graphs) == 3, "one for each size of the cache that is read: 64, 128, 150"
+    assert len(Seen.graphs) == 3, "one for each number of slots: 64, 128, 150"
     sampled = torch.cat([rollout.logprobs for group in rollouts for rollout in group])
     logprobs, gradients = train_pass(network, rollouts, gpu)
     assert (logprobs - sampled).abs().max() < 2e-2
@@ -51,16 +51,17 @@ def test_sampling_and_training_on_a_gpu(reference, gpu):
     network.train()
     again, recomputed = train_pass(network, rollouts, gpu)
     assert torch.equal(logprobs, again) and all(map(torch.equal, gradients, recomputed))
+    assert set(Seen.kernels) == {"flash", "efficient"}
 
+    # Twice as deep.
     for tower in (network.vlm.model.visual.blocks, network.vlm.model.language_model.layers):
         tower.extend(copy.deepcopy(tower))
     network.config.text_config.layer_types *= 2
     train_pass(network, rollouts, gpu)
-    assert set(Seen.kernels) == {"flash", "efficient"}
 
 
 def test_a_run_on_a_gpu(tmp_path, gpu, monkeypatch):
-    """FSDP2 with float32 shards and a bfloat16 sampler; its second step is the same, to the bit, after --resume."""
+    """FSDP2 with float32 shards and a bfloat16 sampler: after --resume, the second step is the same to the bit."""
     flags = ["--output_dir", str(tmp_path), "--batch_size", "2", "--num_generations", "3", "--max_steps", "2",
              "--max_completion_length", "70", "--save_steps", "1", "--keep", "2"]
     save = train.save
@@ -73,12 +74,12 @@ def test_a_run_on_a_gpu(tmp_path, gpu, monkeypatch):
 
     monkeypatch.setattr(train, "save", check_and_save)
     train.main(flags)
-    # Counters, and digests of weights and optimizer state.
-    state = tmp_path / "checkpoint-2" / "training_state.json"
-    expected = json.loads(state.read_text())
-    shutil.rmtree(state.parent)
+    os.rename(tmp_path / "checkpoint-2", tmp_path / "uninterrupted")
     train.main([*flags, "--resume"])
-    assert json.loads(state.read_text())["digests"] == expected["digests"]
+    for file in (tmp_path / "uninterrupted").rglob("*.safetensors"):
+        expected = load_file(file)
+        found = load_file(tmp_path / "checkpoint-2" / file.relative_to(tmp_path / "uninterrupted"))
+        assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in found)
     assert set(Seen.kernels) == {"flash", "efficient"} and Seen.graphs
 
 
@@ -91,10 +92,8 @@ def test_the_pretended_gpu_minds_what_a_gpu_minds(gpu):
         Seen.waits.clear()
         wait()
         assert Seen.waits.total() == 1
-    graph = torch.cuda.CUDAGraph()
-    with pytest.raises(RuntimeError, match="while a graph is captured"), torch.cuda.graph(graph):
+    with pytest.raises(RuntimeError, match="while a graph is captured"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         x.sum().item()
-
     counter = torch.zeros(1, device=gpu)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -102,25 +101,7 @@ def test_the_pretended_gpu_minds_what_a_gpu_minds(gpu):
         counter += 1
     assert doubled.isnan() and counter == 0, "a capture computes nothing"
     graph.replay()
-    graph.replay()
-    assert doubled == 2 and counter == 2
+    assert doubled == 0 and counter == 1
     counter = counter + 5
     graph.replay()
-    assert doubled == 4, "a graph keeps the tensors of its capture"
-
-
-def test_attention_falls_to_the_kernel_that_cuda_would_choose(gpu):
-    q = torch.zeros(1, 4, 16, 32, device=gpu, dtype=torch.bfloat16)
-    k = q[:, :2]
-    mask = torch.zeros(16, 16, device=gpu, dtype=torch.bfloat16)
-    attend = torch.nn.functional.scaled_dot_product_attention
-    for kernel, call in {
-        "flash": {"key": k, "value": k, "is_causal": True, "enable_gqa": True},
-        "efficient": {"key": q, "value": q, "attn_mask": mask},
-        "efficient, with a copy of the mask": {"key": q[:, :, :9], "value": q[:, :, :9], "attn_mask": mask[:, :9].clone()},
-        "math": {"key": k, "value": k, "attn_mask": mask, "enable_gqa": True},
-    }.items():
-        Seen.kernels.clear()
-        output = attend(q, **call)
-        assert Seen.kernels == {kernel: 1}
-        assert output.transpose(1, 2).is_contiguous()
+    assert doubled == 2 and counter == 6, "a graph has the tensors of its capture"
