@@ -224,6 +224,8 @@ def test_a_mask_without_tokens_gives_zero():
     loss = visurf.policy_loss(logprobs, logprobs.detach(), torch.ones(1, 2), nothing)
     (loss + visurf.sft_loss(logprobs, nothing)).backward()
     assert loss.item() == 0 and (logprobs.grad == 0).all()
+    nothing[0, 1, 2] = True
+    assert visurf.sft_loss(logprobs, nothing).item() == 1, "of one token, the mean is its own"
 
 
 # ---- Eq. 9 on a network ------------------------------------------------------------------------
