@@ -5,6 +5,7 @@ Networks are stand-ins that say what a test tells them; the processor is the rea
 
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from itertools import permutations
@@ -19,6 +20,7 @@ from PIL import Image
 import data
 import eval as evaluation
 import model
+import train
 
 TINY = ROOT / "assets" / "tiny-qwen2-vl"
 DIGITS = data.TASKS["digits"]
@@ -221,6 +223,7 @@ def test_a_click_counts_if_any_listed_point_is_inside():
     for predicted, label, expected in (
             ([{"point_2d": [15, 25]}], box, 1), ([{"point_2d": [10, 40]}], box, 1), ([{"point_2d": [9.9, 30]}], box, 0),
             ([{"point_2d": [30, 15]}], box, 0), ([{"point_2d": [25, 15]}], box, 0),      # x and y are not the same
+            ([{"point_2d": [35, 30]}], box, 0), ([{"point_2d": [20, 45]}], box, 0),
             ([{"bbox_2d": [0, 0, 40, 60], "point_2d": [1, 1]}], box, 0), ([{"bbox_2d": [10, 20, 30, 40]}], box, 0),
             ([{"point_2d": [1, 1]}, {"point_2d": [15, 25]}], box, 1), ([{}, {"point_2d": [55, 55]}], two, 1),
             ([{"point_2d": [15, 55]}], two, 0),                  # x in one box and y in the other
@@ -517,11 +520,23 @@ def test_flags_are_the_fields_of_a_dataclass(flags, expected, capsys, monkeypatc
         assert stop.value.code == 2 and error.count("\n") == lines and (expected in error) == bool(lines)
 
 
-def test_help_names_every_flag(capsys):
+@pytest.mark.parametrize("flags", [[], ["--task", "grounding"], ["--task", "math"]], ids=" ".join)
+@pytest.mark.parametrize("program", [train, evaluation], ids=lambda program: program.__name__)
+def test_help_shows_the_numbers_that_a_run_uses(program, flags, capsys):
+    """Those of the task's recipe, where it has some: what is told in brackets at a flag's end."""
     with pytest.raises(SystemExit) as stop:
-        evaluation.main(["--help"])
-    printed = capsys.readouterr().out
-    assert stop.value.code == 0 and all(f"--{name}" in printed for name in evaluation.Settings.__dataclass_fields__)
+        program.main([*flags, "--help"])
+    entries = re.split(r"\n  (?=-)", capsys.readouterr().out)
+    shown = {}
+    for entry in entries:
+        found = re.match(r"--(\w+).*\((?:default: )?([\w.+-]+)\)\s*$", entry, re.DOTALL)
+        if found:
+            shown[found[1]] = found[2]
+    assert stop.value.code == 0
+    used = evaluation.parse(program.Settings, flags, "x.py")
+    for name, value in vars(used).items():
+        if not isinstance(value, str):
+            assert shown[name] == str(value), name
 
 
 @pytest.mark.parametrize("error, code", [
