@@ -354,7 +354,8 @@ def load_network(settings: Settings, source, device) -> tuple:
         check_memory(settings, network, device)
     if on_gpu and settings.cpu_offload:
         # torchrun gives a process one thread, with which AdamW alone takes seconds a step.
-        torch.set_num_threads(os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(max(1, os.cpu_count() // processes))
 
     # Inputs are not cast: positions and rotary tables stay in float32.
     compute = torch.bfloat16 if on_gpu else torch.float32
