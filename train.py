@@ -62,7 +62,8 @@ class Settings:
     micro_batch_size: int = flag(1, "prompts, with their groups, in one forward pass", low=1)
     num_generations: int = flag(8, "rollouts of each prompt (G)", low=1, high=1024)
     max_prompt_length: int = flag(4096, "longest prompt in tokens; none is ever cut", low=1)
-    max_completion_length: int = flag(512, "tokens; memory grows as its square", low=1, high=8192)
+    max_completion_length: int = flag(512, "longest rollout in tokens; memory grows with its square",
+                                      low=1, high=8192)
     temperature: float = flag(1.0, "of sampling and of log-probs", low=0.01)
     learning_rate: float = flag(1e-6, "of AdamW, constant")
     align_label: bool = flag(True, "control 1: write the label in the rollouts' style")

@@ -3,10 +3,12 @@
 Networks are stand-ins that say what a test tells them; the processor is the real one, with a tokenizer of bytes.
 """
 
+import fcntl
 import json
 import os
 import re
 import shutil
+import signal
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
@@ -479,6 +481,32 @@ def test_a_directory_that_cannot_be_written_is_found_before_the_answers(files, m
     Path("out").write_text("a file")
     monkeypatch.setattr(model, "load_pretrained", lambda *_: pytest.fail("weights were loaded"))
     assert "File exists: 'out" in mistake(capsys, [*files, "--output_dir", "out"])
+
+
+def test_a_signal_keeps_the_answers_so_far(files, monkeypatch, capsys):
+    """It comes while the second of three batches is answered; torchrun's 128 + number says why it ended."""
+    answer, calls = evaluation.make_result, []
+
+    def send_before(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return answer(*args)
+
+    monkeypatch.setattr(evaluation, "make_result", send_before)
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main([*files, "--output_dir", "out", "--eval_batch_size", "1"])
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert "eval.py: stopped by SIGTERM; 2 of 3 samples are answered" in capsys.readouterr().err
+    assert json.loads(Path("out/answers.json").read_text())["metrics"]["samples"] == 2
+
+
+def test_two_evaluations_in_one_directory(files, capsys):
+    """The later one is refused while the first one lives, before it has written anything."""
+    Path("out").mkdir()
+    with open("out/.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another run is at work" in mistake(capsys, [*files, "--output_dir", "out"])
 
 
 # ---- Flags and processes --------------------------------------------------------------------------------------------
