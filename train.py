@@ -421,7 +421,8 @@ def save(run: Run):
         on_first_rank(os.rename, unfinished, final)
     except (OSError, dcp.CheckpointException, model.CheckpointError) as error:
         on_first_rank(shutil.rmtree, unfinished, True)
-        raise UserError(f"{final}: not written ({str(error)[-300:]}); --resume continues from "
+        reason = str(error).strip().rpartition("\n")[2]
+        raise UserError(f"{final}: not written ({reason:.300}); --resume continues from "
                         f"{run.saved[-1] if run.saved else 'the start'}") from None
     run.saved.append(final)
     for old in run.saved[: -run.settings.keep]:
