@@ -16,7 +16,6 @@ import re
 import signal
 import sys
 import time
-from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
@@ -35,7 +34,7 @@ import rewards
 
 def flag(default, help: str, low=0, high=math.inf, choices=None):
     """A field of Settings, which is a flag; numbers must be from low to high."""
-    words = {"help": help, "low": low, "high": high, "choices": choices}
+    words = {"help": help, "bounds": (low, high), "choices": choices}
     return field(default=default, metadata=words)
 
 @dataclass
@@ -79,18 +78,15 @@ def run(settings: Settings):
         content = {"settings": asdict(settings), "metrics": means, "answers": results}
         on_first_rank(write_text, directory / "answers.json", json.dumps(content, indent=1))
     if is_first():
-        print(format_table(means))
-        print(directory / "answers.json")
-        print(f"bad rows: {len(bad_rows)}")
+        print(format_table(means), directory / "answers.json", f"bad rows: {len(bad_rows)}", sep="\n")
     leave_if_asked("eval.py", f"{len(results)} of {len(samples)} samples are answered")
     for problem in bad_rows:
         data.require(settings.skip_bad_rows, f"{problem}; others are answered; see --skip_bad_rows")
 
 def evaluate(network, processor, samples, max_new_tokens=512, batch_size=32, cuda_graph=True):
-    """Answer samples greedily: each rank its share, all results on all ranks, in samples' order.
+    """All ranks' results in samples' order, and a line on each sample that cannot be used.
 
-    Also returns a line on each sample whose image or prompt cannot be used. A signal to stop ends
-    it early. Raises CheckpointError if a log-prob is not finite: the answers would mean nothing.
+    A signal to stop ends it early. Raises CheckpointError if a log-prob is not finite.
     """
     results = []
     bad_rows = []
@@ -119,36 +115,26 @@ def make_result(processor, example, completion) -> dict:
     """One answer, ready for JSON; only its reward is computed in the model's frame."""
     sample = example.sample
     text = processor.decode(completion.ids, completion.finished)
-    # None: no well-formed answer was given.
     predicted = rewards.read_answer(text, processor.task.kind)
     if predicted is not None:
         predicted = data.move_objects(predicted, example.frame, sample.size)
     return {
-        "id": sample.id,
-        "where": sample.where,
-        "question": sample.question,
-        "completion": text,
-        "prediction": predicted,
+        "id": sample.id, "where": sample.where, "question": sample.question,
+        "completion": text, "prediction": predicted,
         "label": data.move_objects(sample.label, sample.frame, sample.size),
-        "size": list(sample.size),
-        "length": len(completion.ids),
-        "logprob": completion.logprobs.sum().item(),
-        "truncated": not completion.finished,
-        "thinking": rewards.has_thinking(text),
-        "reward": processor.score(text, example),
+        "size": list(sample.size), "length": len(completion.ids),
+        "logprob": completion.logprobs.sum().item(), "truncated": not completion.finished,
+        "thinking": rewards.has_thinking(text), "reward": processor.score(text, example),
     }
 
 
 # ---- Metrics -----------------------------------------------------------------------------------
 def metrics(results: list[dict], task: data.Task) -> dict:
-    """The task's metrics and a few of every task, each a mean over the samples that have it.
-
-    A metric that no sample has is None. reward: mean sum of components; length: mean tokens.
-    """
-    columns = defaultdict(list)
+    """Means of the task's and of general metrics over the samples that have them; None of none."""
+    columns = {}
     for result in results:
         for name, value in measure(result, task.kind).items():
-            columns[name].append(value)
+            columns.setdefault(name, []).append(value)
     means = {name: sum(values) / len(values) for name, values in columns.items()}
     if means.get("union"):
         # All intersections over all unions: large objects weigh more than in gIoU.
@@ -170,38 +156,32 @@ def measure(result: dict, kind: str = "objects") -> dict[str, float]:
     if kind == "math":
         scores["accuracy"] = result["reward"]["accuracy"]
     elif kind == "count":
-        scores |= measure_count(predicted, result["label"])
+        error = count_of(predicted) - count_of(result["label"])
+        scores["count_acc"] = float(predicted is not None and error == 0)
+        scores |= {"MAE": abs(error), "squared_error": error**2}
     else:
         scores |= measure_objects(predicted, result["label"], result["size"])
     return scores
 
-def measure_count(predicted, label) -> dict[str, float]:
-    """Scores of a number, or of a list of objects as their number; None counts as 0."""
-    counts = []
-    for answer in (predicted, label):
-        counts.append(int(answer) if isinstance(answer, str) else len(answer or []))
-    error = counts[0] - counts[1]
-    exact = predicted is not None and error == 0
-    return {"count_acc": float(exact), "MAE": abs(error), "squared_error": error**2}
+def count_of(answer) -> int:
+    """The number that an answer is, or of the objects that it lists; None lists none."""
+    return int(answer) if isinstance(answer, str) else len(answer or [])
 
 def measure_objects(predicted, label: list[dict], size) -> dict[str, float]:
     """Scores of objects, or of None, in pixels of an image of `size`."""
-    mask = paint(predicted, size)
-    true_mask = paint(label, size)
-    intersection = float((mask & true_mask).sum())
-    union = float((mask | true_mask).sum())
-    scores = {"intersection": intersection, "union": union}
+    boxes = numbers_of(predicted, "bbox_2d", 4)  # (n, 4)
+    true_boxes = numbers_of(label, "bbox_2d", 4)  # (m, 4)
+    mask = paint(boxes, size)
+    true_mask = paint(true_boxes, size)
+    scores = {"intersection": float((mask & true_mask).sum())}
+    scores["union"] = float((mask | true_mask).sum())
     if not label:
         # Only [] is right where there is nothing: N-Acc is the share of those samples.
         names = ("accuracy", "one_to_one", "gIoU", "N-Acc", "anomaly_acc")
         return scores | dict.fromkeys(names, float(predicted == []))
-    scores["gIoU"] = intersection / union if union else 0.0
+    scores["gIoU"] = scores["intersection"] / max(scores["union"], 1)
     # For anomalies, anything that is listed says that there is a defect.
-    scores["detected"] = float(bool(predicted))
-    scores["anomaly_acc"] = scores["detected"]
-
-    boxes = numbers_of(predicted, "bbox_2d", 4)  # (n, 4)
-    true_boxes = numbers_of(label, "bbox_2d", 4)  # (m, 4)
+    scores["detected"] = scores["anomaly_acc"] = float(bool(predicted))
     # accuracy, the authors': a box, or the box around all boxes, matches that around the label's.
     overlaps = rewards.iou([*boxes, *box_around(boxes)], box_around(true_boxes))
     scores["accuracy"] = float((overlaps > 0.5).any())
@@ -225,10 +205,10 @@ def box_around(boxes: np.ndarray) -> np.ndarray:
         return boxes
     return np.concatenate([boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)])[None]
 
-def paint(objects, size) -> np.ndarray:
-    """One mask (height, width), True inside any box of an answer."""
+def paint(boxes, size):
+    """One mask (height, width), True inside any of boxes (n, 4)."""
     mask = np.zeros(size[::-1], bool)
-    for x1, y1, x2, y2 in numbers_of(objects, "bbox_2d", 4).round().astype(int).clip(0):
+    for x1, y1, x2, y2 in boxes.round().astype(int).clip(0):
         mask[y1:y2, x1:x2] = True
     return mask
 
@@ -236,8 +216,8 @@ def format_table(values: dict) -> str:
     """Metrics as text, one a line."""
     lines = []
     for name, value in values.items():
-        shown = f"{value:.4g}" if isinstance(value, float) else str(value)
-        lines.append(f"{name:12}{shown:>10}")
+        shown = f"{value:.4g}" if isinstance(value, float) else value
+        lines.append(f"{name:12}{shown!s:>10}")
     return "\n".join(lines)
 
 
@@ -246,41 +226,31 @@ class Parser(argparse.ArgumentParser):
     """argparse, but a mistake is one line, printed by one rank, and exit code 2."""
 
     def error(self, message):
-        """argparse calls this for a mistake."""
         self.exit(2, f"{self.prog}: {message}\n" if is_first() else None)
 
 def parse(settings_class, argv, program: str):
     """Read flags into a dataclass; its task decides defaults, and so they are in --help too."""
     # The task first, for it decides the defaults of others.
     parser = Parser(program, add_help=False, allow_abbrev=False)
-    parser.add_argument("--task", default=settings_class.task)
-    name = parser.parse_known_args(argv)[0].task
-    defaults = {}
-    if name in data.TASKS:
-        task = data.TASKS[name]
-        source = task.data if program == "train.py" else task.eval_data
-        defaults = {"model": task.model, "data": source, "image_size": task.image_size}
-        defaults |= task.recipe
+    parser.add_argument("--task", default=settings_class.task, choices=tuple(data.TASKS))
+    task = data.TASKS[parser.parse_known_args(argv)[0].task]
+    source = task.data if program == "train.py" else task.eval_data
+    defaults = {"model": task.model, "data": source, "image_size": task.image_size, **task.recipe}
 
     parser = Parser(program, description=settings_class.__doc__, allow_abbrev=False)
     for setting in fields(settings_class):
-        help_text = setting.metadata["help"]
-        default = defaults.get(setting.name, setting.default)
-        if default != "":
-            help_text += " (%(default)s)"
-        words = {"default": default, "help": help_text}
+        words = {"type": setting.type, "choices": setting.metadata["choices"]}
         if setting.type is bool:
-            words["action"] = argparse.BooleanOptionalAction
-        else:
-            words["type"] = setting.type
-            words["choices"] = setting.metadata["choices"]
-        parser.add_argument(f"--{setting.name}", **words)
+            words = {"action": argparse.BooleanOptionalAction}
+        default = defaults.get(setting.name, setting.default)
+        shown = "" if default == "" else " (%(default)s)"
+        parser.add_argument(f"--{setting.name}", default=default,
+                            help=setting.metadata["help"] + shown, **words)
     settings = settings_class(**vars(parser.parse_args(argv)))
     for setting in fields(settings_class):
         value = getattr(settings, setting.name)
-        low = setting.metadata["low"]
-        high = setting.metadata["high"]
-        if setting.type in (int, float) and not low <= value <= high:
+        low, high = setting.metadata["bounds"]
+        if setting.type is not str and not low <= value <= high:
             parser.error(f"--{setting.name} must be from {low} to {high}, not {value}")
     return settings
 
@@ -300,9 +270,8 @@ def check_claim(directory: Path, lock, resume: bool):
     except BlockingIOError:
         raise data.UserError(f"{directory}: another run is at work there") from None
     # A full disk shows here, before any work.
-    lock.write(f"process {os.getpid()}")
-    lock.flush()
-    others = {path.name for path in directory.iterdir()} - {".lock"}
+    print("process", os.getpid(), file=lock, flush=True)
+    others = set(os.listdir(directory)) - {".lock"}
     data.require(not others or resume and "config.json" in others, f"{directory} is not empty: "
                  "give another --output_dir, or --resume if a run of train.py was in it")
 
@@ -378,10 +347,11 @@ def start(timeout_minutes: float = 30) -> torch.device:
     if not dist.is_initialized():
         # gloo carries small objects beside NCCL's tensors.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        group = {}
-        if "RANK" not in os.environ:
-            group = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), **group)
+        rank, size = world()
+        # A process alone has nobody to meet at torchrun's address.
+        store = dist.HashStore() if size == 1 else None
+        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes),
+                                rank=rank, world_size=size, store=store)
     return device
 
 def world() -> tuple[int, int]:
