@@ -5,7 +5,6 @@
     torchrun --nproc_per_node 8 eval.py --task grounding        # each GPU answers its share
 
 samples -> `evaluate` -> results, a dict each, in pixels of the ORIGINAL image -> `metrics`.
-train.py imports the last part: flags and processes.
 """
 
 import argparse
@@ -78,7 +77,8 @@ def run(settings: Settings):
         content = {"settings": asdict(settings), "metrics": means, "answers": results}
         on_first_rank(write_text, directory / "answers.json", json.dumps(content, indent=1))
     if is_first():
-        print(format_table(means), directory / "answers.json", f"bad rows: {len(bad_rows)}", sep="\n")
+        print(format_table(means), directory / "answers.json", sep="\n")
+        print(f"bad rows: {len(bad_rows)}")
     leave_if_asked("eval.py", f"{len(results)} of {len(samples)} samples are answered")
     for problem in bad_rows:
         data.require(settings.skip_bad_rows, f"{problem}; others are answered; see --skip_bad_rows")
@@ -111,7 +111,7 @@ def evaluate(network, processor, samples, max_new_tokens=512, batch_size=32, cud
         raise model.CheckpointError("log-probs are not finite: the weights of --model are damaged")
     return results, gather(bad_rows)
 
-def make_result(processor, example, completion) -> dict:
+def make_result(processor, example, completion):
     """One answer, ready for JSON; only its reward is computed in the model's frame."""
     sample = example.sample
     text = processor.decode(completion.ids, completion.finished)
@@ -129,7 +129,7 @@ def make_result(processor, example, completion) -> dict:
 
 
 # ---- Metrics -----------------------------------------------------------------------------------
-def metrics(results: list[dict], task: data.Task) -> dict:
+def metrics(results: list[dict], task: data.Task):
     """Means of the task's and of general metrics over the samples that have them; None of none."""
     columns = {}
     for result in results:
@@ -147,7 +147,7 @@ def metrics(results: list[dict], task: data.Task) -> dict:
     names = (*task.metrics, "well_formed", "thinking", "truncated", "length", "reward")
     return {name: means.get(name) for name in names} | {"samples": len(results)}
 
-def measure(result: dict, kind: str = "objects") -> dict[str, float]:
+def measure(result: dict, kind: str = "objects"):
     """The scores of one answer, as in the authors' evaluation; an unreadable one is wrong."""
     predicted = result["prediction"]
     scores = {name: float(result[name]) for name in ("thinking", "truncated", "length")}
@@ -163,11 +163,11 @@ def measure(result: dict, kind: str = "objects") -> dict[str, float]:
         scores |= measure_objects(predicted, result["label"], result["size"])
     return scores
 
-def count_of(answer) -> int:
+def count_of(answer):
     """The number that an answer is, or of the objects that it lists; None lists none."""
     return int(answer) if isinstance(answer, str) else len(answer or [])
 
-def measure_objects(predicted, label: list[dict], size) -> dict[str, float]:
+def measure_objects(predicted, label: list[dict], size):
     """Scores of objects, or of None, in pixels of an image of `size`."""
     boxes = numbers_of(predicted, "bbox_2d", 4)  # (n, 4)
     true_boxes = numbers_of(label, "bbox_2d", 4)  # (m, 4)
@@ -194,12 +194,12 @@ def measure_objects(predicted, label: list[dict], size) -> dict[str, float]:
     scores["point_in_box"] = float(inside.all(axis=2).any())
     return scores
 
-def numbers_of(answer, name: str, size: int) -> np.ndarray:
+def numbers_of(answer, name: str, size: int):
     """Boxes (n, 4) or points (n, 2) of an answer's objects; none of an unreadable answer."""
     numbers = [found[name] for found in answer or [] if name in found]
     return np.array(numbers, float).reshape(-1, size)
 
-def box_around(boxes: np.ndarray) -> np.ndarray:
+def box_around(boxes: np.ndarray):
     """The smallest box (1, 4) that holds all boxes (n, 4); (0, 4) if n is 0."""
     if len(boxes) == 0:
         return boxes
@@ -332,10 +332,10 @@ def leave_if_asked(program: str, message: str):
     numbers = gather(received_signals[:1])
     if numbers:
         if is_first():
-            print(f"{program}: stopped by {signal.Signals(numbers[0]).name}; {message}", file=sys.stderr)
+            complain(program, f"stopped by {signal.Signals(numbers[0]).name}; {message}")
         sys.exit(128 + numbers[0])
 
-def start(timeout_minutes: float = 30) -> torch.device:
+def start(timeout_minutes: float = 30):
     """Join torchrun's processes, or be a group of one; returns this process's device."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -354,22 +354,22 @@ def start(timeout_minutes: float = 30) -> torch.device:
                                 rank=rank, world_size=size, store=store)
     return device
 
-def world() -> tuple[int, int]:
+def world():
     """This process's rank and the number of ranks."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
-def is_first() -> bool:
+def is_first():
     """Whether this is rank 0, which prints and writes for all."""
     return world()[0] == 0
 
-def my_share(items) -> list:
+def my_share(items):
     """This rank's part of what all ranks have: a stretch of it, about as long as the others'."""
     rank, size = world()
     return list(items[len(items) * rank // size : len(items) * (rank + 1) // size])
 
-def gather(items: list) -> list:
+def gather(items: list):
     """The items of all ranks as one list on every rank: all of rank 0, then all of rank 1, ..."""
-    _, size = world()
+    size = world()[1]
     # One process exchanges nothing: gloo's thread would slow down OpenMP's threads for good.
     if size == 1:
         return items
