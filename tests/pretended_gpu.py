@@ -233,6 +233,9 @@ def pretended_gpu():
     """Inside, torch has one GPU; yields its device and begins to note what is `Seen`."""
     for notes in (Seen.waits, Seen.kernels, Seen.graphs):
         notes.clear()
+    if torch.cuda.is_available():
+        # To C++ the real GPU counts as started from here on, so it must be.
+        torch.cuda.init()
     unused = mock.MagicMock()
     cuda = {
         "is_available": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0,

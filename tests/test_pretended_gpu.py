@@ -44,7 +44,7 @@ def test_sampling_and_training_on_a_gpu(reference, gpu):
     assert len(Seen.graphs) == 3, "one for each number of slots: 64, 128, 150"
     sampled = torch.cat([rollout.logprobs for group in rollouts for rollout in group])
     logprobs, gradients = train_pass(network, rollouts, gpu)
-    assert (logprobs - sampled).abs().max() < 2e-2
+    assert (logprobs - sampled).abs().max() < 4e-2
     assert all(gradient.isfinite().all() for gradient in gradients)
 
     network.vlm.activation_checkpointing_enable({"use_reentrant": False})
