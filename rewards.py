@@ -60,19 +60,19 @@ def score(completion: str, label: list[dict] | str, kind: str = "objects", frame
                          "accuracy": accuracy_score(predicted, label, frame, thresholds),
                          "non_repeat": non_repeat(completion)}
 
-def has_thinking(completion: str) -> bool:
+def has_thinking(completion: str):
     """Whether this is `<think>words</think>`, white space, `<answer>...</answer>` and no more."""
     text = r"((?:(?!</?(?:think|answer)>).)*)"          # any text without these tags
     found = re.fullmatch(rf"(?s)\s*<think>{text}</think>\s*<answer>{text}</answer>\s*", completion)
     return bool(found and re.search(r"[^\W_]", found[1]))
 
-def non_repeat(completion: str) -> float:
+def non_repeat(completion: str):
     """1, or 0 if two or more sentences of the prose repeat; case and white space do not count."""
     prose = split_completion(completion.casefold())[0]
     sentences = SENTENCE.findall(re.sub(r"</?think>|[^\S\n]", "", prose))
     return float(len(sentences) - len(set(sentences)) < 2)
 
-def format_score(predicted, label) -> float:
+def format_score(predicted, label):
     """0 to 2: how many of its two fields an object has, on average; 2 for a number."""
     if isinstance(predicted, str):
         return 2.0
@@ -81,11 +81,11 @@ def format_score(predicted, label) -> float:
     # A right "[]" earns all, or boxes where nothing is would earn more; a wrong one earns nothing.
     return 2.0 if predicted == [] and count(label) == 0 else 0.0
 
-def count(answer: list | str) -> int:
+def count(answer: list | str):
     """How many objects an answer or a label lists or, as text, names."""
     return int(answer) if isinstance(answer, str) else len(answer)
 
-def accuracy_score(predicted, label, frame, thresholds) -> float:
+def accuracy_score(predicted, label, frame, thresholds):
     """0 to 3: for the best matching of n predicted with m labelled objects, or for their number."""
     if predicted is None:
         return 0.0
@@ -116,11 +116,10 @@ def accuracy_score(predicted, label, frame, thresholds) -> float:
     overlap = iou(found[..., :4], wanted[:, :4])
     agree = [overlap > thresholds.iou, l1 < thresholds.box_l1, near]
     gains = has_area * np.sum(agree, axis=0)                                  # (n, m), 0 to 3
-    total = sum(gains[pair] for pair in match(gains))
     # Divided by the larger number, an object too many costs as much as one too few.
-    return float(total / max(gains.shape))
+    return float(sum(gains[pair] for pair in match(gains)) / max(gains.shape))
 
-def iou(boxes_a, boxes_b) -> np.ndarray:
+def iou(boxes_a, boxes_b):
     """Intersection over union of boxes (n, 4) with boxes (m, 4), x2 - x1 wide: (n, m)."""
     low_a, high_a = np.split(np.reshape(boxes_a, (-1, 1, 4)), 2, axis=2)      # (n, 1, 2) corners
     low_b, high_b = np.split(np.reshape(boxes_b, (1, -1, 4)), 2, axis=2)      # (1, m, 2)
@@ -130,7 +129,7 @@ def iou(boxes_a, boxes_b) -> np.ndarray:
     # Two empty boxes have 0.
     return intersection / np.maximum(areas - intersection, 1e-12)
 
-def match(gains) -> list[tuple[int, int]]:
+def match(gains):
     """(row, column) pairs of integer gains (n, m) >= 0, one-to-one, with the largest sum; none 0.
 
     The Hungarian method (Kuhn 1955), by shortest augmenting paths (Jonker and Volgenant 1987).
@@ -142,7 +141,7 @@ def match(gains) -> list[tuple[int, int]]:
     n, m = gains.shape
     if n > m:
         return sorted((row, column) for column, row in match(gains.T))
-    # The largest gain costs 0. One row after the other gets a column.
+    # The largest gain costs 0.
     costs = gains.max(initial=0) - gains
     column_of = np.full(n, -1)
     row_of = np.full(m, -1)
@@ -174,7 +173,7 @@ def match(gains) -> list[tuple[int, int]]:
             column_of[row], column = column, column_of[row]
     return [(row, column) for row, column in enumerate(column_of.tolist()) if gains[row, column]]
 
-def split_completion(completion: str) -> tuple[str, str | None]:
+def split_completion(completion: str):
     """The prose before the last `<answer>` outside thinking, and the answer, None if not closed."""
     # NUL hides thinking: no answer starts there, and JSON forbids it inside an answer.
     visible = re.sub(r"(?s)<think>.*?(?:</think>|\Z)", lambda t: "\0" * len(t[0]), completion)
@@ -184,7 +183,7 @@ def split_completion(completion: str) -> tuple[str, str | None]:
     answer, closed, _ = rest.partition("</answer>")
     return completion[:len(prose)], answer if closed else None
 
-def read_answer(completion: str, kind: str = "objects") -> list[dict] | str | None:
+def read_answer(completion: str, kind: str = "objects"):
     """The answer as text, or as objects with their readable fields alone; None if malformed."""
     text = split_completion(completion)[1] or ""
     if kind == "math":
@@ -210,7 +209,7 @@ def read_answer(completion: str, kind: str = "objects") -> list[dict] | str | No
                     objects[index][name] = numbers
     return objects
 
-def same_answer(predicted: str, label: str, choices=()) -> bool:
+def same_answer(predicted: str, label: str, choices=()):
     """Whether two answers are the same choice or text, or equal to math-verify (RuntimeError)."""
     texts = [meaning(label, choices), meaning(predicted, choices)]
     if texts[0].casefold() == texts[1].casefold():
@@ -224,7 +223,7 @@ def same_answer(predicted: str, label: str, choices=()) -> bool:
         raise RuntimeError("math-verify does not run: pip install math-verify")
     return verdict == "True\n"
 
-def meaning(answer: str, choices) -> str:
+def meaning(answer: str, choices):
     """An answer in plain characters, without its box; the text of a choice for letter or index."""
     unboxed = re.sub(r"^\\boxed\{((?!.*\\boxed).*)\}[\s.]*$", r"\1", answer.strip())
     text, *options = [t.translate(CHARACTERS).strip().rstrip(" .") for t in [unboxed, *choices]]
@@ -236,12 +235,12 @@ def meaning(answer: str, choices) -> str:
     return text if text in options else names.get(text.strip("()").upper(), text)
 
 @cache
-def start_judge(process: int, thread: int) -> Popen:
+def start_judge(process: int, thread: int):
     """Start a process that runs judge() for the thread that asks, and for no other."""
     return Popen([sys.executable, __file__], stdin=PIPE, stdout=PIPE, stderr=DEVNULL, text=True,
                  start_new_session=True)
 
-def judge() -> None:
+def judge():
     """Write True or False for each label and answer that standard input has as a line of JSON."""
     # Where every process of a job is told to end, train.py still finishes its step.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
