@@ -62,9 +62,8 @@ class Task:
     instruction: str = FIND
     kind: str = "objects"         # of answers: "objects", "count" or "math", see rewards.py
     reward: Callable = rewards.score
-    # Shown in the request for the answer's format; "": no such request.
     sample_answer: str = ('<answer>[{"bbox_2d": [120, 85, 480, 571], "point_2d": [310, 352]}]'
-                          '</answer>')
+                          '</answer>')      # "": the format is not asked for
     model: str = "Qwen/Qwen2-VL-2B-Instruct"
     data: str = ""                # default data for training; "" if there is none
     eval_data: str = ""
@@ -185,7 +184,20 @@ def read_row(rows, number: int) -> dict:
 def read_sample(rows, number: int, path: Path, task: Task) -> Sample:
     """One row, checked; a ValueError or a TypeError says what is wrong with it."""
     row = read_row(rows, number)
-    question, choices = read_question(row, task.kind)
+    # EasyR1 writes <image> where the image goes.
+    question = str(first_of(row, ("problem", "text")) or "").replace("<image>", "", 1).strip()
+    require(not re.search("<image>|<video>", question), "a sample is about one image")
+    if task.kind != "math":
+        # The authors ask like this.
+        question = question.lower().strip('.?!" ')
+    require(question, f"no 'problem' or 'text', or an empty one; {CONVERTER}")
+    choices = row.get("choices") or []
+    if isinstance(choices, str):
+        choices = json.loads(choices)
+    require(isinstance(choices, list) and len(choices) <= 26, "choices are a list of at most 26")
+    if choices:
+        question += "\nChoices: " + ", ".join(map("{}. {}".format, ascii_uppercase, choices))
+
     image = partial(find_image, rows, number, path if path.is_dir() else path.parent)
     upright = open_image(image, only_size=True)
     original = (int(row.get("img_width") or upright[0]), int(row.get("img_height") or upright[1]))
@@ -209,31 +221,13 @@ def read_sample(rows, number: int, path: Path, task: Task) -> Sample:
     return Sample(where if name is None else str(name), question, image, label, frame, original,
                   where, [str(choice) for choice in choices])
 
-def read_question(row: dict, kind: str) -> tuple[str, list]:
-    """A row's question, as the model reads it, and its choices."""
-    question = str(first_of(row, ("problem", "text")) or "")
-    # EasyR1 writes <image> where the image goes.
-    marks = re.findall("<image>|<video>", question)
-    require(marks in ([], ["<image>"]), f"a sample is about one image, not about {marks}")
-    question = question.replace("<image>", "").strip()
-    if kind != "math":
-        # The authors ask like this.
-        question = question.lower().strip('.?!" ')
-    require(question, f"no 'problem' or 'text', or an empty one; {CONVERTER}")
-
-    choices = row.get("choices") or []
-    if isinstance(choices, str):
-        choices = json.loads(choices)
-    require(isinstance(choices, list) and len(choices) <= 26, "choices are a list of at most 26")
-    if choices:
-        question += "\nChoices: " + ", ".join(map("{}. {}".format, ascii_uppercase, choices))
-    return question, choices
-
 def read_label(row: dict, task: Task, frame, choices) -> list[dict] | str:
     """A row's label, read as an answer is: what no completion could say is no label."""
     value = first_of(row, task.columns)
     if value is None and task.kind == "objects" and row.get("mask") is not None:
-        value = mask_box(row["mask"], frame)
+        mask = np.asarray(row["mask"], bool)
+        require(mask.shape[::-1] == frame, f"a mask is {frame[1]} rows of {frame[0]} numbers")
+        value = list(Image.fromarray(mask).getbbox() or ())
     require(value is not None, f"no {' or '.join(map(repr, task.columns))}")
     if task.kind == "math" and choices and not isinstance(value, str) and value not in choices:
         # ScienceQA's answers are indices.
@@ -252,13 +246,6 @@ def read_label(row: dict, task: Task, frame, choices) -> list[dict] | str:
             check_object(found, frame)
     return label
 
-def mask_box(mask, frame) -> list:
-    """The box around all that a mask, rows of 0 and 1, marks; [] if it marks nothing."""
-    mask = np.asarray(mask)
-    require(mask.shape[::-1] == frame, f"a mask is {frame[1]} rows of {frame[0]} zeros and ones")
-    ys, xs = mask.nonzero()
-    return [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1] if len(xs) else []
-
 def check_object(found: dict, frame):
     """Check a labelled object, cut it to its frame, and give it a point if it has none."""
     require("bbox_2d" in found, f"bbox_2d is four numbers: {found}")
@@ -270,8 +257,8 @@ def check_object(found: dict, frame):
     valid &= abs(corners - cut).max(axis=0) <= 0.02 * np.array(frame)
     is_share = corners.max() <= 1 < max(frame)
     require(valid.all() and not is_share, f"a box is inside out, or without its point, or not in "
-            f"{frame[0]} x {frame[1]}: {found}. Usual reasons: it runs to 1, to 1000 or to another "
-            'size (add "frame"), is x, y, width, height, or was drawn before an EXIF turn')
+            f'{frame[0]} x {frame[1]}: {found}. It may run to 1, to 1000 or to another size (add '
+            '"frame"), be x, y, width, height, or be drawn before an EXIF turn')
     found["bbox_2d"] = cut.ravel().tolist()
     found["point_2d"] = point.clip(0, frame).tolist()
 
@@ -365,11 +352,9 @@ class Processor:
             self.coordinates = config.get("coordinates") or COORDINATES[config["model_type"]]
             limits = {"max_pixels": self.image_size ** 2} if task.keep_shape else {}
             self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(path, **limits)
-            for ours, name in (("patch_size", "patch_size"), ("merge_size", "spatial_merge_size"),
-                               ("temporal_patch_size", "temporal_patch_size")):
-                size = getattr(self.image_processor, ours)
-                require(size == config["vision_config"].get(name, size),
-                        f"{ours} {size} of its image processor is another in config.json")
+            patch = self.image_processor.patch_size
+            require(patch == config["vision_config"].get("patch_size", patch),
+                    f"patch_size {patch} of its image processor is another in config.json")
             self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
             template = path / "chat_template.json"
             if template.is_file():
@@ -404,9 +389,16 @@ class Processor:
         _, rows, columns = inputs["image_grid_thw"][0].tolist()
         frame = (columns * patch, rows * patch) if self.coordinates == "pixels" else (1000, 1000)
 
+        text = self.task.instruction + (FORMAT if self.task.sample_answer else "")
+        text = text.format(question=sample.question, width=frame[0], height=frame[1],
+                           example=self.task.sample_answer)
+        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
+        prompt = self.tokenizer.apply_chat_template([turn], tokenize=False,
+                                                    add_generation_prompt=True)
+        # Templates of thinking models open the thought, but ours is the model's to write.
+        prompt = re.sub(r"<think>\s*$", "", prompt)
         # The template writes one <|image_pad|>; the network takes one for each image token.
         slots = "<|image_pad|>" * (rows * columns // merge**2)
-        prompt = self.write_prompt(sample.question, frame)
         ids = self.token_ids(prompt.replace("<|image_pad|>", slots))
         label = move_objects(sample.label, sample.frame, frame, round_to_int=True)
         # Written as short as can be. No rollout can be right if this is too long.
@@ -417,17 +409,6 @@ class Processor:
         require(length <= self.max_completion_length, f"{sample.where}: a label of {length} tokens:"
                 f" --max_completion_length {self.max_completion_length} is too low", DataError)
         return Example(sample, ids, inputs["pixel_values"], inputs["image_grid_thw"], label, frame)
-
-    def write_prompt(self, question: str, frame) -> str:
-        """The text that asks for an answer in this frame, in the checkpoint's chat template."""
-        text = self.task.instruction + (FORMAT if self.task.sample_answer else "")
-        text = text.format(question=question, width=frame[0], height=frame[1],
-                           example=self.task.sample_answer)
-        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
-        prompt = self.tokenizer.apply_chat_template([turn], tokenize=False,
-                                                    add_generation_prompt=True)
-        # Templates of thinking models open the thought, but ours is the model's to write.
-        return re.sub(r"<think>\s*$", "", prompt)
 
     def token_ids(self, text: str) -> torch.Tensor:
         """(T,) int64, always of a whole text: tokens merge across the seams of its parts."""
