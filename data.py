@@ -10,7 +10,6 @@ frame, a (width, height): that of the original image, of the resized one, or (10
 import base64
 import hashlib
 import json
-import math
 import os
 import re
 from collections.abc import Callable
@@ -63,9 +62,8 @@ class Task:
     instruction: str = FIND
     kind: str = "objects"         # of answers: "objects", "count" or "math", see rewards.py
     reward: Callable = rewards.score
-    # Shown in the request for the answer's format; "": no such request.
     sample_answer: str = ('<answer>[{"bbox_2d": [120, 85, 480, 571], "point_2d": [310, 352]}]'
-                          '</answer>')
+                          '</answer>')      # "": the format is not asked for
     model: str = "Qwen/Qwen2-VL-2B-Instruct"
     data: str = ""                # default data for training; "" if there is none
     eval_data: str = ""
@@ -117,13 +115,11 @@ class Sample:
     choices: list = field(default_factory=list)      # the texts of A, B, ...
 
 def load_samples(source, task: Task, split="train", limit=0, skip_bad_rows=False) -> list[Sample]:
-    """Read and check the samples of a source, or the first `limit`; images are decoded later.
+    """Read and check all samples of a source, or `limit`; the first bad row raises DataError.
 
-    source: a .jsonl or .parquet file, a folder, a hub id, or None for the task's own data. The
-    first bad row raises DataError, with file and row; skipped ones are counted in a printed line.
+    source: a .jsonl or .parquet file, a folder, a hub id, or None for the task's own data.
     """
-    require(task.kind != "math" or find_spec("math_verify"),
-            f"--task {task.name} compares answers with math-verify: pip install math-verify")
+    require(task.kind != "math" or find_spec("math_verify"), "math needs: pip install math-verify")
     source = source or (task.data if split == "train" else task.eval_data)
     require(source, f"task {task.name} has no {split} data of its own: give --data PATH")
     path = fetch(source, "dataset")
@@ -155,31 +151,22 @@ def open_table(path: Path, split: str):
     """A split of any other data, which the library `datasets` maps into memory."""
     try:
         import datasets
-        if (path / "state.json").is_file():
-            table = datasets.load_from_disk(str(path))
-        elif (path / "dataset_dict.json").is_file():
-            table = first_of(datasets.load_from_disk(str(path)), SPLITS[split])
-            require(table, "it has other splits")
-        else:
-            require(path.suffix in ("", ".parquet") or path.is_dir(), f"it is {path.suffix}")
-            files = find_tables(path, split)
-            table = datasets.load_dataset("parquet", data_files=files, split="train")
+        for folder in (path, *map(path.joinpath, SPLITS[split])):
+            if (folder / "state.json").is_file():
+                return datasets.load_from_disk(str(folder)).with_format("arrow")
+        files = [str(path)] if path.is_file() and path.suffix == ".parquet" else []
+        for file in sorted(path.rglob("*.parquet")):
+            words = set(re.split("[^a-z]+", str(file.relative_to(path)).lower()))
+            named = [name for name in SPLITS if words.intersection(SPLITS[name])]
+            if named == [split]:
+                files.append(str(file))
+        require(files, "no Parquet file whose path below it names this split, and no other")
+        table = datasets.load_dataset("parquet", data_files=files, split="train")
         # Arrow's format leaves images encoded: a damaged one stops nothing before its turn.
         return table.with_format("arrow")
     except Exception as error:           # damaged files make it raise nearly anything
         raise DataError(f"{path}: no readable {split} data ({error!r:.300}); give JSON lines "
                         f"(.jsonl) or Parquet (pip install datasets); {CONVERTER}") from None
-
-def find_tables(path: Path, split: str) -> list[str]:
-    """A Parquet file itself, or those whose path below a folder names this split and no other."""
-    files = [str(path)] if path.is_file() else []
-    for file in sorted(path.rglob("*.parquet")):
-        words = set(re.split("[^a-z]+", str(file.relative_to(path)).lower()))
-        named = [name for name in SPLITS if words.intersection(SPLITS[name])]
-        if named == [split]:
-            files.append(str(file))
-    require(files, "no Parquet file below it names this split, and no other, in its path")
-    return files
 
 def first_of(row: dict, names):
     """The value of the first of these columns that the row has; a null counts as absent."""
@@ -197,7 +184,20 @@ def read_row(rows, number: int) -> dict:
 def read_sample(rows, number: int, path: Path, task: Task) -> Sample:
     """One row, checked; a ValueError or a TypeError says what is wrong with it."""
     row = read_row(rows, number)
-    question, choices = read_question(row, task.kind)
+    # EasyR1 writes <image> where the image goes.
+    question = str(first_of(row, ("problem", "text")) or "").replace("<image>", "", 1).strip()
+    require(not re.search("<image>|<video>", question), "a sample is about one image")
+    if task.kind != "math":
+        # The authors ask like this.
+        question = question.lower().strip('.?!" ')
+    require(question, f"no 'problem' or 'text', or an empty one; {CONVERTER}")
+    choices = row.get("choices") or []
+    if isinstance(choices, str):
+        choices = json.loads(choices)
+    require(isinstance(choices, list) and len(choices) <= 26, "choices are a list of at most 26")
+    if choices:
+        question += "\nChoices: " + ", ".join(map("{}. {}".format, ascii_uppercase, choices))
+
     image = partial(find_image, rows, number, path if path.is_dir() else path.parent)
     upright = open_image(image, only_size=True)
     original = (int(row.get("img_width") or upright[0]), int(row.get("img_height") or upright[1]))
@@ -221,31 +221,13 @@ def read_sample(rows, number: int, path: Path, task: Task) -> Sample:
     return Sample(where if name is None else str(name), question, image, label, frame, original,
                   where, [str(choice) for choice in choices])
 
-def read_question(row: dict, kind: str) -> tuple[str, list]:
-    """A row's question, as the model reads it, and its choices."""
-    question = str(first_of(row, ("problem", "text")) or "")
-    # EasyR1 writes <image> where the image goes.
-    marks = re.findall("<image>|<video>", question)
-    require(marks in ([], ["<image>"]), f"a sample is about one image, not about {marks}")
-    question = question.replace("<image>", "").strip()
-    if kind != "math":
-        # The authors ask like this.
-        question = question.lower().strip('.?!" ')
-    require(question, f"no 'problem' or 'text', or an empty one; {CONVERTER}")
-
-    choices = row.get("choices") or []
-    if isinstance(choices, str):
-        choices = json.loads(choices)
-    require(isinstance(choices, list) and len(choices) <= 26, "choices are a list of at most 26")
-    if choices:
-        question += "\nChoices: " + ", ".join(map("{}. {}".format, ascii_uppercase, choices))
-    return question, choices
-
 def read_label(row: dict, task: Task, frame, choices) -> list[dict] | str:
     """A row's label, read as an answer is: what no completion could say is no label."""
     value = first_of(row, task.columns)
     if value is None and task.kind == "objects" and row.get("mask") is not None:
-        value = mask_box(row["mask"], frame)
+        mask = np.asarray(row["mask"], bool)
+        require(mask.shape[::-1] == frame, f"a mask is {frame[1]} rows of {frame[0]} numbers")
+        value = list(Image.fromarray(mask).getbbox() or ())
     require(value is not None, f"no {' or '.join(map(repr, task.columns))}")
     if task.kind == "math" and choices and not isinstance(value, str) and value not in choices:
         # ScienceQA's answers are indices.
@@ -264,13 +246,6 @@ def read_label(row: dict, task: Task, frame, choices) -> list[dict] | str:
             check_object(found, frame)
     return label
 
-def mask_box(mask, frame) -> list:
-    """The box around all that a mask, rows of 0 and 1, marks; [] if it marks nothing."""
-    mask = np.asarray(mask)
-    require(mask.shape[::-1] == frame, f"a mask is {frame[1]} rows of {frame[0]} zeros and ones")
-    ys, xs = mask.nonzero()
-    return [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1] if len(xs) else []
-
 def check_object(found: dict, frame):
     """Check a labelled object, cut it to its frame, and give it a point if it has none."""
     require("bbox_2d" in found, f"bbox_2d is four numbers: {found}")
@@ -282,8 +257,8 @@ def check_object(found: dict, frame):
     valid &= abs(corners - cut).max(axis=0) <= 0.02 * np.array(frame)
     is_share = corners.max() <= 1 < max(frame)
     require(valid.all() and not is_share, f"a box is inside out, or without its point, or not in "
-            f"{frame[0]} x {frame[1]}: {found}. Usual reasons: it runs to 1, to 1000 or to another "
-            'size (add "frame"), is x, y, width, height, or was drawn before an EXIF turn')
+            f'{frame[0]} x {frame[1]}: {found}. It may run to 1, to 1000 or to another size (add '
+            '"frame"), be x, y, width, height, or be drawn before an EXIF turn')
     found["bbox_2d"] = cut.ravel().tolist()
     found["point_2d"] = point.clip(0, frame).tolist()
 
@@ -332,11 +307,7 @@ def open_image(source, only_size=False):
         raise DataError(f"unreadable image ({error})") from None
 
 def move_objects(objects, src_frame, dst_frame, round_to_int: bool = False):
-    """New objects with the same boxes and points in another frame; a text stays as it is.
-
-    >>> move_objects([{"bbox_2d": [84, 42, 420, 840]}], (840, 840), (1000, 500), round_to_int=True)
-    [{'bbox_2d': [100, 25, 500, 500]}]
-    """
+    """New objects with the same boxes and points in another frame; a text stays as it is."""
     def move(numbers):
         corners = np.reshape(numbers, (-1, 2)) * dst_frame / src_frame      # of a point: itself
         if round_to_int:
@@ -367,47 +338,40 @@ class Example:
 class Processor:
     """Turns samples into a checkpoint's inputs, and completions into text and rewards."""
 
-    def __init__(self, path, task: Task, image_size=None, max_prompt_length=math.inf,
-                 max_completion_length=math.inf):
+    def __init__(self, path, task: Task, image_size=None, max_prompt_length=np.inf,
+                 max_completion_length=np.inf):
         """Read the files beside a checkpoint's weights; image_size replaces the task's."""
+        from transformers import AutoTokenizer, Qwen2VLImageProcessorPil     # takes seconds
+        path = Path(path)
         self.task = task
         self.image_size = image_size or task.image_size
         self.max_prompt_length = max_prompt_length
-        self.max_completion_length = math.inf
+        self.max_completion_length = max_completion_length
         try:
-            self.read_files(Path(path))
+            config = json.loads((path / "config.json").read_text("utf-8"))
+            self.coordinates = config.get("coordinates") or COORDINATES[config["model_type"]]
+            limits = {"max_pixels": self.image_size ** 2} if task.keep_shape else {}
+            self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(path, **limits)
+            patch = self.image_processor.patch_size
+            require(patch == config["vision_config"].get("patch_size", patch),
+                    f"patch_size {patch} of its image processor is another in config.json")
+            self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            template = path / "chat_template.json"
+            if template.is_file():
+                self.tokenizer.chat_template = json.loads(template.read_text())["chat_template"]
+            require("image_pad" in (self.tokenizer.chat_template or ""), "no template with images")
+            # If its files are missing, transformers makes an empty tokenizer.
+            image_id = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+            require(image_id == config["image_token_id"], "its tokenizer is another model's")
             # An empty picture shows now whether template, tokenizer and images fit together.
-            nothing = Image.new("RGB", (56, 56))
-            self.blank = self.encode(Sample("", "nothing", nothing, [], (56, 56), (56, 56),
-                                            "an empty picture"))
-            self.max_completion_length = max_completion_length
+            picture = Image.new("RGB", (56, 56))
+            self.blank = self.encode(
+                Sample("", "nothing", picture, "", picture.size, picture.size, "an empty picture"))
         except DataError:
             raise
         except Exception as error:       # foreign files make their readers raise nearly anything
             raise UserError(f"{path}: not a complete Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint "
                             f"({error!r:.300}); give one with --model") from None
-
-    def read_files(self, path: Path):
-        """Read image processor, tokenizer and chat template, and compare them with config.json."""
-        from transformers import AutoTokenizer, Qwen2VLImageProcessorPil     # takes seconds
-        config = json.loads((path / "config.json").read_text("utf-8"))
-        self.coordinates = config.get("coordinates") or COORDINATES[config["model_type"]]
-        limits = {"max_pixels": self.image_size ** 2} if self.task.keep_shape else {}
-        self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(path, **limits)
-        for ours, name in (("patch_size", "patch_size"), ("merge_size", "spatial_merge_size"),
-                           ("temporal_patch_size", "temporal_patch_size")):
-            size = getattr(self.image_processor, ours)
-            require(size == config["vision_config"].get(name, size),
-                    f"{ours} {size} of its image processor is another in config.json")
-        self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        template = path / "chat_template.json"
-        if template.is_file():
-            self.tokenizer.chat_template = json.loads(template.read_text())["chat_template"]
-        require("image_pad" in (self.tokenizer.chat_template or ""),
-                "no chat template that shows images")
-        # If its files are missing, transformers makes an empty tokenizer.
-        image_id = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
-        require(image_id == config["image_token_id"], "its tokenizer is another model's")
 
     def encode(self, sample: Sample) -> Example:
         """Image, prompt and label as the network takes them; a long prompt is never truncated."""
@@ -425,9 +389,16 @@ class Processor:
         _, rows, columns = inputs["image_grid_thw"][0].tolist()
         frame = (columns * patch, rows * patch) if self.coordinates == "pixels" else (1000, 1000)
 
+        text = self.task.instruction + (FORMAT if self.task.sample_answer else "")
+        text = text.format(question=sample.question, width=frame[0], height=frame[1],
+                           example=self.task.sample_answer)
+        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
+        prompt = self.tokenizer.apply_chat_template([turn], tokenize=False,
+                                                    add_generation_prompt=True)
+        # Templates of thinking models open the thought, but ours is the model's to write.
+        prompt = re.sub(r"<think>\s*$", "", prompt)
         # The template writes one <|image_pad|>; the network takes one for each image token.
         slots = "<|image_pad|>" * (rows * columns // merge**2)
-        prompt = self.write_prompt(sample.question, frame)
         ids = self.token_ids(prompt.replace("<|image_pad|>", slots))
         label = move_objects(sample.label, sample.frame, frame, round_to_int=True)
         # Written as short as can be. No rollout can be right if this is too long.
@@ -439,24 +410,12 @@ class Processor:
                 f" --max_completion_length {self.max_completion_length} is too low", DataError)
         return Example(sample, ids, inputs["pixel_values"], inputs["image_grid_thw"], label, frame)
 
-    def write_prompt(self, question: str, frame) -> str:
-        """The text that asks for an answer in this frame, in the checkpoint's chat template."""
-        text = self.task.instruction + (FORMAT if self.task.sample_answer else "")
-        text = text.format(question=question, width=frame[0], height=frame[1],
-                           example=self.task.sample_answer)
-        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
-        prompt = self.tokenizer.apply_chat_template([turn], tokenize=False,
-                                                    add_generation_prompt=True)
-        # Templates of thinking models open the thought, but ours is the model's to write.
-        return re.sub(r"<think>\s*$", "", prompt)
-
     def token_ids(self, text: str) -> torch.Tensor:
         """(T,) int64, always of a whole text: tokens merge across the seams of its parts."""
         return torch.tensor(self.tokenizer.encode(text, add_special_tokens=False), dtype=torch.long)
 
     def decode(self, ids, finished: bool = True) -> str:
         """The text of a completion, without the end token of one that is finished."""
-        ids = torch.as_tensor(ids).tolist()
         ids = ids[:-1] if finished else ids
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
@@ -472,8 +431,7 @@ def fetch(name, kind: str = "model") -> Path:
         return Path(name)
     # Only what has the shape of a hub id is asked for there: a mistyped path ends at once.
     is_hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+(?<!\.jsonl)(?<!\.parquet)", str(name))
-    require(is_hub_id, f"{name}: no such file or folder, nor is it owner/name, as the Hugging Face "
-            "hub has them; give a path that exists")
+    require(is_hub_id, f"{name}: no such file or folder, nor owner/name as on the Hugging Face hub")
     try:
         from huggingface_hub import snapshot_download
         return Path(snapshot_download(str(name), repo_type=kind,

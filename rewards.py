@@ -7,8 +7,7 @@ r"""Rewards: read the answer of a completion, match it with the label, score it 
     accuracy    0 to 3   best one-to-one matching; a pair earns 1 for each of IoU, box L1 and point
     non_repeat  0 or 1   fewer than two sentences are repetitions
 
-Counting also takes a number. In mathematics, whose answer may be any text, format and accuracy are
-0 or 1, and repeats do not count. An unreadable answer earns nothing for format and accuracy.
+Counting also takes a number. Mathematics takes any text, with 0 or 1 for format and for accuracy.
 """
 
 import json
@@ -28,7 +27,7 @@ MAX_OBJECTS = 120
 # The point in 0.5 does not end a sentence.
 SENTENCE = re.compile(r"(?:[^.!?\n。！？]|(?<=\d)\.(?=\d))+")
 # Math-verify knows neither full-width characters nor the root sign.
-CHARACTERS = {wide: wide - 0xFEE0 for wide in range(0xFF01, 0xFF5F)} | {ord("√"): r"\sqrt "}
+CHARACTERS = dict(zip(range(0xFF01, 0xFF5F), range(0x21, 0x7F))) | {ord("√"): r"\sqrt "}
 # Math-verify multiplies the letters of words (dog = god), reads 1 1/2 as 1, and long texts slowly.
 NO_FORMULA = re.compile(r"(?s)^[a-zA-Z ]{3,}$|\d\s+\d|.{201}")
 
@@ -57,24 +56,23 @@ def score(completion: str, label: list[dict] | str, kind: str = "objects", frame
     if kind == "math":
         right = predicted is not None and same_answer(predicted, label, choices)
         return components | {"format": float(predicted is not None), "accuracy": float(right)}
-    components["format"] = format_score(predicted, label)
-    components["accuracy"] = accuracy_score(predicted, label, frame, thresholds)
-    components["non_repeat"] = non_repeat(completion)
-    return components
+    return components | {"format": format_score(predicted, label),
+                         "accuracy": accuracy_score(predicted, label, frame, thresholds),
+                         "non_repeat": non_repeat(completion)}
 
-def has_thinking(completion: str) -> bool:
+def has_thinking(completion: str):
     """Whether this is `<think>words</think>`, white space, `<answer>...</answer>` and no more."""
     text = r"((?:(?!</?(?:think|answer)>).)*)"          # any text without these tags
     found = re.fullmatch(rf"(?s)\s*<think>{text}</think>\s*<answer>{text}</answer>\s*", completion)
     return bool(found and re.search(r"[^\W_]", found[1]))
 
-def non_repeat(completion: str) -> float:
+def non_repeat(completion: str):
     """1, or 0 if two or more sentences of the prose repeat; case and white space do not count."""
     prose = split_completion(completion.casefold())[0]
     sentences = SENTENCE.findall(re.sub(r"</?think>|[^\S\n]", "", prose))
     return float(len(sentences) - len(set(sentences)) < 2)
 
-def format_score(predicted, label) -> float:
+def format_score(predicted, label):
     """0 to 2: how many of its two fields an object has, on average; 2 for a number."""
     if isinstance(predicted, str):
         return 2.0
@@ -83,31 +81,28 @@ def format_score(predicted, label) -> float:
     # A right "[]" earns all, or boxes where nothing is would earn more; a wrong one earns nothing.
     return 2.0 if predicted == [] and count(label) == 0 else 0.0
 
-def accuracy_score(predicted, label, frame, thresholds) -> float:
-    """0 to 3: for the best matching of objects; where a side lists none, for their number."""
-    if isinstance(predicted, list) and isinstance(label, list) and predicted and label:
-        return match_score(predicted, label, frame, thresholds)
-    if predicted is None or count(predicted) != count(label):
-        return 0.0
-    # A bare number earns little where objects could be shown.
-    return 1.0 if isinstance(predicted, str) and isinstance(label, list) else 3.0
-
-def count(answer: list | str) -> int:
+def count(answer: list | str):
     """How many objects an answer or a label lists or, as text, names."""
     return int(answer) if isinstance(answer, str) else len(answer)
 
-def match_score(predicted, label, frame, thresholds) -> float:
-    """0 to 3: what the best matching of n predicted with m labelled objects earns."""
+def accuracy_score(predicted, label, frame, thresholds):
+    """0 to 3: for the best matching of n predicted with m labelled objects, or for their number."""
+    if predicted is None:
+        return 0.0
+    if not predicted or not label or isinstance(predicted, str) or isinstance(label, str):
+        # A bare number earns little where objects could be shown.
+        best = 1.0 if isinstance(predicted, str) and isinstance(label, list) else 3.0
+        return best if count(predicted) == count(label) else 0.0
     # What is missing cannot earn: it becomes a box without area, or a point outside of any box.
     found = [[*item.get("bbox_2d", [0] * 4), *item.get("point_2d", [np.inf] * 2)]
              for item in predicted]
+    found = np.array(found)[:, None]                                          # (n, 1, 6)
+    # A label without a point means the centre of its box.
     wanted = []
     for item in label:
         x1, y1, x2, y2 = item["bbox_2d"]
-        # A label without a point means the centre of its box.
         point = item.get("point_2d") or [(x1 + x2) / 2, (y1 + y2) / 2]
         wanted.append([x1, y1, x2, y2, *point])
-    found = np.array(found)[:, None]                                          # (n, 1, 6)
     wanted = np.array(wanted)                                                 # (m, 6)
 
     offset = abs(found - wanted) * np.tile(840 / np.array(frame), 3)          # (n, m, 6)
@@ -121,11 +116,10 @@ def match_score(predicted, label, frame, thresholds) -> float:
     overlap = iou(found[..., :4], wanted[:, :4])
     agree = [overlap > thresholds.iou, l1 < thresholds.box_l1, near]
     gains = has_area * np.sum(agree, axis=0)                                  # (n, m), 0 to 3
-    total = sum(gains[pair] for pair in match(gains))
     # Divided by the larger number, an object too many costs as much as one too few.
-    return float(total / max(gains.shape))
+    return float(sum(gains[pair] for pair in match(gains)) / max(gains.shape))
 
-def iou(boxes_a, boxes_b) -> np.ndarray:
+def iou(boxes_a, boxes_b):
     """Intersection over union of boxes (n, 4) with boxes (m, 4), x2 - x1 wide: (n, m)."""
     low_a, high_a = np.split(np.reshape(boxes_a, (-1, 1, 4)), 2, axis=2)      # (n, 1, 2) corners
     low_b, high_b = np.split(np.reshape(boxes_b, (1, -1, 4)), 2, axis=2)      # (1, m, 2)
@@ -135,7 +129,7 @@ def iou(boxes_a, boxes_b) -> np.ndarray:
     # Two empty boxes have 0.
     return intersection / np.maximum(areas - intersection, 1e-12)
 
-def match(gains) -> list[tuple[int, int]]:
+def match(gains):
     """(row, column) pairs of integer gains (n, m) >= 0, one-to-one, with the largest sum; none 0.
 
     The Hungarian method (Kuhn 1955), by shortest augmenting paths (Jonker and Volgenant 1987).
@@ -147,13 +141,12 @@ def match(gains) -> list[tuple[int, int]]:
     n, m = gains.shape
     if n > m:
         return sorted((row, column) for column, row in match(gains.T))
-    # The largest gain costs 0. One row after the other gets a column.
+    # The largest gain costs 0.
     costs = gains.max(initial=0) - gains
     column_of = np.full(n, -1)
     row_of = np.full(m, -1)
     for new_row in range(n):
-        # Dijkstra's shortest path from the new row to a free column: a taken one can be passed by
-        # moving its row to another column.
+        # Dijkstra's shortest path to a free column; a taken one is passed by moving its row on.
         distance = costs[new_row].copy()
         came_from = np.full(m, new_row)
         # Of equally near columns, a free one comes first. None is visited twice.
@@ -167,8 +160,8 @@ def match(gains) -> list[tuple[int, int]]:
             distance[shorter] = through[shorter]
             came_from[shorter] = row
             column = np.argmin(distance + handicap)
-        # What is added to a whole row or column (its "potential") changes no matching's rank. It
-        # makes every pair of the path cost 0, as matched pairs do, and none less than 0.
+        # Potentials, added to whole rows and columns, change no matching's rank. Pairs of the path
+        # then cost 0, as matched pairs do, and none costs less.
         surplus = np.maximum(distance[column] - distance, 0)
         costs += surplus
         costs[:new_row] -= surplus[column_of[:new_row], None]
@@ -180,7 +173,7 @@ def match(gains) -> list[tuple[int, int]]:
             column_of[row], column = column, column_of[row]
     return [(row, column) for row, column in enumerate(column_of.tolist()) if gains[row, column]]
 
-def split_completion(completion: str) -> tuple[str, str | None]:
+def split_completion(completion: str):
     """The prose before the last `<answer>` outside thinking, and the answer, None if not closed."""
     # NUL hides thinking: no answer starts there, and JSON forbids it inside an answer.
     visible = re.sub(r"(?s)<think>.*?(?:</think>|\Z)", lambda t: "\0" * len(t[0]), completion)
@@ -190,7 +183,7 @@ def split_completion(completion: str) -> tuple[str, str | None]:
     answer, closed, _ = rest.partition("</answer>")
     return completion[:len(prose)], answer if closed else None
 
-def read_answer(completion: str, kind: str = "objects") -> list[dict] | str | None:
+def read_answer(completion: str, kind: str = "objects"):
     """The answer as text, or as objects with their readable fields alone; None if malformed."""
     text = split_completion(completion)[1] or ""
     if kind == "math":
@@ -216,15 +209,12 @@ def read_answer(completion: str, kind: str = "objects") -> list[dict] | str | No
                     objects[index][name] = numbers
     return objects
 
-def same_answer(predicted: str, label: str, choices=()) -> bool:
-    """Whether two answers are the same choice or text, or equal to math-verify within a second.
-
-    Raises RuntimeError if math-verify is not installed.
-    """
+def same_answer(predicted: str, label: str, choices=()):
+    """Whether two answers are the same choice or text, or equal to math-verify (RuntimeError)."""
     texts = [meaning(label, choices), meaning(predicted, choices)]
     if texts[0].casefold() == texts[1].casefold():
         return True
-    if NO_FORMULA.search(texts[0]) or NO_FORMULA.search(texts[1]):
+    if any(map(NO_FORMULA.search, texts)):
         return False
     judge = start_judge(os.getpid(), threading.get_ident())
     print(json.dumps(texts), file=judge.stdin, flush=True)
@@ -233,10 +223,10 @@ def same_answer(predicted: str, label: str, choices=()) -> bool:
         raise RuntimeError("math-verify does not run: pip install math-verify")
     return verdict == "True\n"
 
-def meaning(answer: str, choices) -> str:
+def meaning(answer: str, choices):
     """An answer in plain characters, without its box; the text of a choice for letter or index."""
-    text = plain(re.sub(r"^\\boxed\{((?!.*\\boxed).*)\}[\s.]*$", r"\1", answer.strip()))
-    options = list(map(plain, choices))
+    unboxed = re.sub(r"^\\boxed\{((?!.*\\boxed).*)\}[\s.]*$", r"\1", answer.strip())
+    text, *options = [t.translate(CHARACTERS).strip().rstrip(" .") for t in [unboxed, *choices]]
     names = dict(zip(ascii_uppercase, options))
     # Among choices that have numbers, a number is no index.
     if not re.search(r"\d", "".join(options)):
@@ -244,36 +234,27 @@ def meaning(answer: str, choices) -> str:
     # Text goes before letter: choices may be the points B, A, C.
     return text if text in options else names.get(text.strip("()").upper(), text)
 
-def plain(text: str) -> str:
-    """A text in the characters that math-verify knows, without white space and points around it."""
-    return text.translate(CHARACTERS).strip().rstrip(" .")
-
 @cache
-def start_judge(process: int, thread: int) -> Popen:
+def start_judge(process: int, thread: int):
     """Start a process that runs judge() for the thread that asks, and for no other."""
     return Popen([sys.executable, __file__], stdin=PIPE, stdout=PIPE, stderr=DEVNULL, text=True,
                  start_new_session=True)
 
-def judge() -> None:
+def judge():
     """Write True or False for each label and answer that standard input has as a line of JSON."""
     # Where every process of a job is told to end, train.py still finishes its step.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     from math_verify import parse, verify
     # What sympy loads and prepares at first need takes longer than most pairs.
     verify(parse("$x(x+1)$"), parse("$x^2+x$"))
-    # A child judges. After half a second of work on a pair the kernel ends it, even in a step in
-    # which Python handles no signals, as 9^{9^{9^9}} is to gmpy2. Then the pair is not equal, and
-    # a new child goes on.
-    while os.fork():
-        if os.wait()[1] == 0:
-            return
-        print(False, flush=True)
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_PROF, 0.5)
-        gold, answer = [parse(f"${text}$", parsing_timeout=None) for text in json.loads(line)]
-        equal = verify(gold, answer, timeout_seconds=None)
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        print(equal, flush=True)
+        # A child judges each pair. After half a second of work the kernel ends it, even in a step
+        # in which Python handles no signals, as 9^{9^{9^9}} is to gmpy2. The pair is not equal.
+        if os.fork() == 0:
+            signal.setitimer(signal.ITIMER_PROF, 0.5)
+            gold, answer = [parse(f"${text}$", parsing_timeout=None) for text in json.loads(line)]
+            os._exit(not verify(gold, answer, timeout_seconds=None))
+        print(os.wait()[1] == 0, flush=True)
 
 if __name__ == "__main__":
     judge()
