@@ -210,7 +210,7 @@ def read_answer(completion: str, kind: str = "objects"):
     return objects
 
 def same_answer(predicted: str, label: str, choices=()):
-    """Whether two answers are the same choice or text, or equal to math-verify (RuntimeError)."""
+    """Whether answers are one choice or text, or equal to math-verify; RuntimeError without it."""
     texts = [meaning(label, choices), meaning(predicted, choices)]
     if texts[0].casefold() == texts[1].casefold():
         return True
