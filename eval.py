@@ -188,8 +188,10 @@ def measure_objects(predicted, label: list[dict], size):
     # one_to_one, ours: an object too many costs as much as one too few.
     pairs = rewards.match((rewards.iou(boxes, true_boxes) > 0.5).astype(int))
     scores["one_to_one"] = len(pairs) / max(len(predicted or []), len(label))
-    # point_in_box: any listed point lies in a labelled box, edge included.
+    # point_in_box: any listed point, or else a box's centre, is in a labelled box, edge included.
     points = numbers_of(predicted, "point_2d", 2)[:, None]  # (n, 1, 2)
+    if len(points) == 0:
+        points = boxes.reshape(-1, 2, 2).mean(axis=1, keepdims=True)
     inside = (true_boxes[:, :2] <= points) & (points <= true_boxes[:, 2:])  # (n, m, 2)
     scores["point_in_box"] = float(inside.all(axis=2).any())
     return scores

@@ -226,7 +226,7 @@ def test_a_click_counts_if_any_listed_point_is_inside():
             ([{"point_2d": [15, 25]}], box, 1), ([{"point_2d": [10, 40]}], box, 1), ([{"point_2d": [9.9, 30]}], box, 0),
             ([{"point_2d": [30, 15]}], box, 0), ([{"point_2d": [25, 15]}], box, 0),      # x and y are not the same
             ([{"point_2d": [35, 30]}], box, 0), ([{"point_2d": [20, 45]}], box, 0),
-            ([{"bbox_2d": [0, 0, 40, 60], "point_2d": [1, 1]}], box, 0), ([{"bbox_2d": [10, 20, 30, 40]}], box, 0),
+            ([{"bbox_2d": [0, 0, 40, 60], "point_2d": [1, 1]}], box, 0), ([{"bbox_2d": [10, 20, 30, 40]}], box, 1),
             ([{"point_2d": [1, 1]}, {"point_2d": [15, 25]}], box, 1), ([{}, {"point_2d": [55, 55]}], two, 1),
             ([{"point_2d": [15, 55]}], two, 0),                  # x in one box and y in the other
             ([{}], box, 0), ([], box, 0), (None, box, 0)):
