@@ -177,8 +177,8 @@ def read_row(rows, number: int) -> dict:
     if not isinstance(rows, list):
         return rows[number].to_pylist()[0]
     # A file may begin with UTF-8's mark.
-    begin = rows[number].lstrip(b"\xef\xbb\xbf \t")[:1]
-    require(begin == b"{", f"not a JSON object in UTF-8; {CONVERTER}")
+    is_object = rows[number].lstrip(b"\xef\xbb\xbf \t").startswith(b"{")
+    require(is_object, f"not a JSON object in UTF-8; {CONVERTER}")
     return json.loads(rows[number])
 
 def read_sample(rows, number: int, path: Path, task: Task) -> Sample:
@@ -341,20 +341,20 @@ class Processor:
     def __init__(self, path, task: Task, image_size=None, max_prompt_length=np.inf,
                  max_completion_length=np.inf):
         """Read the files beside a checkpoint's weights; image_size replaces the task's."""
-        from transformers import AutoTokenizer, Qwen2VLImageProcessorPil     # takes seconds
         path = Path(path)
         self.task = task
         self.image_size = image_size or task.image_size
         self.max_prompt_length = max_prompt_length
         self.max_completion_length = max_completion_length
         try:
+            from transformers import AutoTokenizer, Qwen2VLImageProcessorPil     # takes seconds
             config = json.loads((path / "config.json").read_text("utf-8"))
             self.coordinates = config.get("coordinates") or COORDINATES[config["model_type"]]
             limits = {"max_pixels": self.image_size ** 2} if task.keep_shape else {}
             self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(path, **limits)
             patch = self.image_processor.patch_size
-            require(patch == config["vision_config"].get("patch_size", patch),
-                    f"patch_size {patch} of its image processor is another in config.json")
+            same_patch = config["vision_config"].get("patch_size", patch) == patch
+            require(same_patch, f"its image processor's patch_size {patch} is not config.json's")
             self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
             template = path / "chat_template.json"
             if template.is_file():
@@ -382,11 +382,10 @@ class Processor:
                 # A side of whole tokens, each of merge x merge patches.
                 side = max(round(self.image_size / (patch * merge)), 1) * patch * merge
                 image = image.resize((side, side), Image.Resampling.BILINEAR)
-            inputs = self.image_processor(image, do_resize=self.task.keep_shape,
-                                          return_tensors="pt")
+            batch = self.image_processor(image, do_resize=self.task.keep_shape, return_tensors="pt")
         except ValueError as error:
             raise DataError(f"{sample.where}: {error}") from None
-        _, rows, columns = inputs["image_grid_thw"][0].tolist()
+        _, rows, columns = batch["image_grid_thw"][0].tolist()
         frame = (columns * patch, rows * patch) if self.coordinates == "pixels" else (1000, 1000)
 
         text = self.task.instruction + (FORMAT if self.task.sample_answer else "")
@@ -408,7 +407,7 @@ class Processor:
                 f"tokens: --max_prompt_length {self.max_prompt_length} is too low", DataError)
         require(length <= self.max_completion_length, f"{sample.where}: a label of {length} tokens:"
                 f" --max_completion_length {self.max_completion_length} is too low", DataError)
-        return Example(sample, ids, inputs["pixel_values"], inputs["image_grid_thw"], label, frame)
+        return Example(sample, ids, batch["pixel_values"], batch["image_grid_thw"], label, frame)
 
     def token_ids(self, text: str) -> torch.Tensor:
         """(T,) int64, always of a whole text: tokens merge across the seams of its parts."""
