@@ -344,17 +344,18 @@ class Processor:
         path = Path(path)
         self.task = task
         self.image_size = image_size or task.image_size
-        self.max_prompt_length = max_prompt_length
-        self.max_completion_length = max_completion_length
+        self.max_prompt_length = np.inf
+        self.max_completion_length = np.inf
         try:
             from transformers import AutoTokenizer, Qwen2VLImageProcessorPil     # takes seconds
             config = json.loads((path / "config.json").read_text("utf-8"))
             self.coordinates = config.get("coordinates") or COORDINATES[config["model_type"]]
             limits = {"max_pixels": self.image_size ** 2} if task.keep_shape else {}
             self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(path, **limits)
-            patch = self.image_processor.patch_size
-            same_patch = config["vision_config"].get("patch_size", patch) == patch
-            require(same_patch, f"its image processor's patch_size {patch} is not config.json's")
+            for name in ("patch_size", "temporal_patch_size", "merge_size"):
+                size = getattr(self.image_processor, name)
+                wanted = config["vision_config"].get(name.replace("merge", "spatial_merge"), size)
+                require(size == wanted, f"{name} {size} of its images is not config.json's {wanted}")
             self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
             template = path / "chat_template.json"
             if template.is_file():
@@ -367,11 +368,13 @@ class Processor:
             picture = Image.new("RGB", (56, 56))
             self.blank = self.encode(
                 Sample("", "nothing", picture, "", picture.size, picture.size, "an empty picture"))
-        except DataError:
-            raise
         except Exception as error:       # foreign files make their readers raise nearly anything
             raise UserError(f"{path}: not a complete Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint "
                             f"({error!r:.300}); give one with --model") from None
+        require(len(self.blank.ids) <= max_prompt_length, "the shortest prompt has "
+                f"{len(self.blank.ids)} tokens: --max_prompt_length {max_prompt_length} is too low")
+        self.max_prompt_length = max_prompt_length
+        self.max_completion_length = max_completion_length
 
     def encode(self, sample: Sample) -> Example:
         """Image, prompt and label as the network takes them; a long prompt is never truncated."""
