@@ -51,7 +51,6 @@ class GroupPolicy(nn.Module):
         super().__init__()
         self.vlm = vlm
         self.config = vlm.config
-        # The same results, faster: see these two functions.
         for module in vlm.modules():
             if type(module).__name__.endswith("RMSNorm"):
                 module.forward = MethodType(fused_rms_norm, module)
@@ -81,10 +80,10 @@ class GroupPolicy(nn.Module):
         hidden = self.hidden_states(batch, positions, attend, completions[b, n, t])  # (S, D)
 
         # The place of the state that predicts a token: the prompt's last, or the token before it.
-        source = batch.last_tokens()[:, None, None].repeat(1, N, T)
+        last = batch.lengths - 1 + P * torch.arange(B, device=mask.device)
+        source = last[:, None, None].repeat(1, N, T)
         source[b, n, t + 1] = torch.arange(B * P, len(hidden), device=mask.device)
 
-        # Only the tokens that count go through the output head.
         tokens = mask.nonzero(as_tuple=True)
         states = hidden.index_select(0, source[tokens])  # (M, D)
         forbidden = torch.tensor(self.forbidden_tokens, dtype=torch.long, device=mask.device)
@@ -103,7 +102,6 @@ class GroupPolicy(nn.Module):
             ends = batch.grid_thw.cpu().prod(dim=1).cumsum(dim=0, dtype=torch.int32)
             images = {"pixel_values": torch.cat(batch.pixels), "image_grid_thw": batch.grid_thw,
                       "image_cu_seqlens": F.pad(ends, (1, 0))}
-        # transformers hands `attend` down to the attention function of every layer.
         output = self.vlm.model(input_ids=ids[None], position_ids=positions[:, None],
                                 use_cache=False, attend=attend, **images)
         return output.last_hidden_state[0]
@@ -126,11 +124,6 @@ class PromptBatch(NamedTuple):
     lengths: torch.Tensor  # (B,) real tokens of each prompt
     pixels: list[torch.Tensor]  # of each prompt: (patches, channels * time * height * width)
     grid_thw: torch.Tensor  # (images, 3) in patches
-
-    def last_tokens(self):
-        """The place (B,) of each prompt's last token among all B*P."""
-        B, P = self.ids.shape
-        return self.lengths - 1 + P * torch.arange(B, device=self.ids.device)
 
     @classmethod
     def from_prompts(cls, prompts, config=None, device="cpu"):
@@ -378,7 +371,7 @@ class Decoder:
         self.rows = {}  # of each layer: keys and values (B, K, N, max_tokens, E)
         self.t = -1  # the slot that the current token fills
         self.window = 0  # how many slots attention reads
-        # Tensors that a graph reads: they are changed in place.
+        # A graph reads these tensors: they are changed in place.
         self.slot = torch.zeros(1, dtype=torch.long, device=device)  # t
         self.tokens = torch.zeros(self.B * N, dtype=torch.long, device=device)
         # To be added to scores: -inf on the padding of prompts and on slots that are still empty.
@@ -393,11 +386,11 @@ class Decoder:
         nothing = torch.zeros(self.B, 1, 1, dtype=torch.bool, device=self.mask.device)
         attend = GroupAttention(self.batch.lengths, self.P, nothing, self.store_prompts)
         hidden = self.network.hidden_states(self.batch, self.prompt_positions, attend)
-        return hidden[self.batch.last_tokens()].repeat_interleave(self.N, dim=0)
+        last = self.batch.lengths - 1 + self.P * torch.arange(self.B, device=hidden.device)
+        return hidden[last].repeat_interleave(self.N, dim=0)
 
     def store_prompts(self, layer, k, v):
         """Keep a layer's prompt keys and values, (B, K, P, E) each."""
-        # Keys are transposed once, into the layout that every later product reads.
         self.prompts[layer] = (k.mT.flatten(0, 1).contiguous(), v.flatten(0, 1).contiguous())
         shape = (2, self.B, self.K, self.N, self.max_tokens, k.shape[-1])
         self.rows[layer] = k.new_zeros(shape).unbind()
@@ -425,7 +418,6 @@ class Decoder:
         self.window = window
         # Drop an old graph before another is captured: they share cuBLAS's workspace.
         self.graph = None
-        # Eager, which also warms up what a capture needs.
         hidden = self.decode()
         self.graph = self.capture()
         return hidden
@@ -466,8 +458,7 @@ class Decoder:
         q = (q * E**-0.5).view(K, g, B, N, E).permute(2, 0, 3, 1, 4).reshape(B * K, N * g, E)
         on_prompt = product(q, prompt_k)  # (B*K, N*g, P)
         on_own = product(q.view(-1, g, E), keys.flatten(0, 2)[:, :self.window].mT)
-        on_own = on_own.view(B * K, N * g, self.window)
-        scores = torch.cat([on_prompt, on_own], dim=-1)
+        scores = torch.cat([on_prompt, on_own.view(B * K, N * g, self.window)], dim=-1)
         weights = (scores + self.mask[..., : P + self.window]).softmax(dim=-1).to(q.dtype)
         output = torch.bmm(weights[..., :P], prompt_v)  # (B*K, N*g, E)
         own_weights = weights[..., P:].view(-1, g, self.window)
@@ -482,25 +473,23 @@ def load_pretrained(path, dtype=torch.float32, device="cpu"):
 
     CheckpointError if it is no Qwen-VL checkpoint, or a tensor is missing, unknown or misshaped.
     """
-    path = Path(path)
     check_checkpoint(path)
     transformers.logging.disable_progress_bar()
     with named_errors(path):
-        config = transformers.AutoConfig.from_pretrained(path, **LOCAL)
         vlm, report = transformers.AutoModelForImageTextToText.from_pretrained(
-            path, config=config, dtype=dtype, attn_implementation=ATTENTION, use_safetensors=True,
+            path, dtype=dtype, attn_implementation=ATTENTION, use_safetensors=True,
             output_loading_info=True, **LOCAL)
         for kind in ("missing_keys", "unexpected_keys"):
             if report[kind]:
                 raise ValueError(f"{kind} in its safetensors files: {sorted(report[kind])[0]}")
         network = GroupPolicy(vlm.to(device)).eval()
-        find_special_tokens(network, path)
+        find_special_tokens(network, Path(path))
     return network
 
 def check_checkpoint(path):
     """CheckpointError, which says what the directory is instead, if it is no Qwen-VL checkpoint."""
     path = Path(path)
-    problem = None
+    problem = ""
     if (path / "adapter_config.json").exists():
         problem = "LoRA adapters alone: merge them into their base, and give that"
     elif list(path.glob("model_world_size_*")):
@@ -508,11 +497,9 @@ def check_checkpoint(path):
     else:
         config = read_json(path / "config.json")
         if config.get("model_type") not in MODEL_TYPES:
-            problem = (f"model_type {config.get('model_type')!r} is not supported; it must be one "
-                       f"of {', '.join(MODEL_TYPES)}")
+            problem = f"model_type {config.get('model_type')!r} is none of {', '.join(MODEL_TYPES)}"
         elif "quantization_config" in config:
-            problem = ("quantised weights, as of AWQ or GPTQ, cannot be trained: give the "
-                       "checkpoint that they were made from")
+            problem = "quantised weights cannot be trained: give those that they were made from"
     if problem:
         raise CheckpointError(f"{path}: {problem}")
 
@@ -536,8 +523,7 @@ def find_special_tokens(network, path):
         network.stop_tokens = sorted({*network.stop_tokens, words["<|im_end|>"]}, key=str)
     for token in (*network.stop_tokens, *network.forbidden_tokens):
         if type(token) is not int or not 0 <= token < size:
-            raise ValueError(f"token {token!r} in config.json or generation_config.json is not a "
-                             f"number below vocab_size {size}")
+            raise ValueError(f"token {token!r} in its JSON files is no number below {size}")
 
 def read_json(path):
     """The object in a JSON file; CheckpointError names a file that is missing or damaged."""
@@ -546,8 +532,7 @@ def read_json(path):
     except (OSError, ValueError, RecursionError) as error:
         content = error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: missing or damaged ({content!r:.80}); restore it, or do "
-                              "without its directory")
+        raise CheckpointError(f"{path}: missing or damaged; restore it ({content!r:.80})")
     return content
 
 def fused_rms_norm(module, x):
@@ -580,19 +565,16 @@ def read_files(path):
     return files
 
 def save_pretrained(network, directory, source, dtype=torch.bfloat16):
-    """Write a Hugging Face checkpoint; other files are those of `source`, a path or read_files'.
-
-    config.json is the source's own but for its type, so transformers 4 can read it, too.
-    """
+    """Write a Hugging Face checkpoint; its other files are those of `source`, a path or a dict."""
     directory = Path(directory)
     files = source if isinstance(source, dict) else read_files(source)
     state = {name: parameter.detach().to("cpu", dtype, copy=True)
              for name, parameter in network.vlm.named_parameters()}
-    # The most likely error is a full disk.
     with named_errors(directory):
         network.vlm.save_pretrained(directory, state_dict=state)
         for name, content in files.items():
             (directory / name).write_bytes(content)
+        # The source's own config.json but for the dtype, so transformers 4 can read it, too.
         config = json.loads(files["config.json"])
         for part in (config, config.get("text_config", {}), config.get("vision_config", {})):
             for key in {"dtype", "torch_dtype"} & set(part):
@@ -601,7 +583,6 @@ def save_pretrained(network, directory, source, dtype=torch.bfloat16):
 
 def check_finite(network, prompt, where):
     """CheckpointError unless the first token after a prompt has a finite log-prob."""
-    # Weights that are not finite, or that overflow in the forward pass, show in one token.
     [[probe]] = generate(network, [prompt], 1, 1)
     if not probe.logprobs.isfinite():
         raise CheckpointError(f"{where}: weights are not finite")
