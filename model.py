@@ -1,15 +1,8 @@
 """A Qwen-VL checkpoint whose attention lets a group of completions share its prompt.
 
-The network is transformers': Qwen2-VL, Qwen2.5-VL or dense Qwen3-VL. Ours is how a group goes
-through it, and how completions are sampled:
-
-    network = load_pretrained("path/to/checkpoint")           # Hugging Face files -> GroupPolicy
-    rollouts = generate(network, prompts, num_generations=8)  # our own sampler, with a KV cache
-    logprobs = network(batch, completions, mask)              # with gradient
-
-A prompt holds about 900 image tokens and an answer about 60. Here a group of N completions is ONE
-sequence of P + N*T tokens instead of N*(P + T), and an attention function of ours, which
-transformers runs instead of its own, decides which token sees which:
+The network is transformers': Qwen2-VL, Qwen2.5-VL or dense Qwen3-VL. A prompt holds about 900 image
+tokens and an answer about 60. Here a group of N completions is ONE sequence of P + N*T tokens
+instead of N*(P + T), and an attention function of ours decides which token sees which:
 
                      prompt     completion 1   completion 2
     prompt           causal     -              -
@@ -58,7 +51,6 @@ class GroupPolicy(nn.Module):
         super().__init__()
         self.vlm = vlm
         self.config = vlm.config
-        # The same results, faster: see these two functions.
         for module in vlm.modules():
             if type(module).__name__.endswith("RMSNorm"):
                 module.forward = MethodType(fused_rms_norm, module)
@@ -72,36 +64,34 @@ class GroupPolicy(nn.Module):
     def forward(self, batch, completions, mask, temperature=1.0):
         """Float32 log-probs (B, N, T) of completions (B, N, T) under softmax(logits / temperature).
 
-        mask (B, N, T) is True on a completion's tokens; padding, which must follow them (else
-        ValueError), gets 0. Forbidden tokens are left out of the softmax, as in sampling.
+        mask (B, N, T) is True on tokens and False on the padding behind them, which gets 0;
+        ValueError if there are tokens after padding. Forbidden tokens have probability 0.
         """
         if (mask[:, :, 1:] & ~mask[:, :, :-1]).any():
             raise ValueError("mask has tokens after padding: leave them out of the loss instead")
-        B, N, T = completions.shape
-        P = batch.ids.shape[1]
+        _, N, T = completions.shape
+        B, P = batch.ids.shape
         # A token is predicted from the one before: token t is an input if there is a token t + 1.
         attend = GroupAttention(batch.lengths, P, mask[:, :, 1:])
         b, n, t = attend.where
-        inputs = completions[b, n, t]  # (S - B*P,)
-        positions, next_position = self.positions(batch)
+        prompt_positions, next_position = self.positions(batch)
         after_prompt = (next_position[b] + t).expand(3, -1)  # M-RoPE's axes are equal in text
-        hidden = self.hidden_states(batch, torch.cat([positions, after_prompt], dim=1), attend,
-                                    inputs)  # (S, D)
+        positions = torch.cat([prompt_positions, after_prompt], dim=1)  # (3, S)
+        hidden = self.hidden_states(batch, positions, attend, completions[b, n, t])  # (S, D)
 
         # The place of the state that predicts a token: the prompt's last, or the token before it.
         last = batch.lengths - 1 + P * torch.arange(B, device=mask.device)
         source = last[:, None, None].repeat(1, N, T)
         source[b, n, t + 1] = torch.arange(B * P, len(hidden), device=mask.device)
 
-        # Only the tokens that count go through the output head.
         tokens = mask.nonzero(as_tuple=True)
         states = hidden.index_select(0, source[tokens])  # (M, D)
         forbidden = torch.tensor(self.forbidden_tokens, dtype=torch.long, device=mask.device)
         values = TokenLogProbs.apply(states, self.vlm.lm_head.weight, completions[tokens],
                                      temperature, forbidden)  # (M,)
-        return values.new_zeros(B, N, T).index_put(tokens, values)
+        return values.new_zeros(mask.shape).index_put(tokens, values)
 
-    def hidden_states(self, batch, positions, attend, completion_ids=None) -> torch.Tensor:
+    def hidden_states(self, batch, positions, attend, completion_ids=None):
         """Final hidden states (S, D) of the prompts and completions, at `positions` (3, S)."""
         ids = batch.ids.flatten()
         if completion_ids is not None:
@@ -112,12 +102,11 @@ class GroupPolicy(nn.Module):
             ends = batch.grid_thw.cpu().prod(dim=1).cumsum(dim=0, dtype=torch.int32)
             images = {"pixel_values": torch.cat(batch.pixels), "image_grid_thw": batch.grid_thw,
                       "image_cu_seqlens": F.pad(ends, (1, 0))}
-        # transformers hands `attend` down to the attention function of every layer.
         output = self.vlm.model(input_ids=ids[None], position_ids=positions[:, None],
                                 use_cache=False, attend=attend, **images)
         return output.last_hidden_state[0]
 
-    def positions(self, batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def positions(self, batch):
         """M-RoPE positions (3, B*P) of prompts, and that of the first completion token (B,)."""
         # On the CPU, where get_rope_index's loops need not wait for a GPU.
         real = torch.arange(batch.ids.shape[1]) < batch.lengths.cpu()[:, None]  # (B, P)
@@ -137,7 +126,7 @@ class PromptBatch(NamedTuple):
     grid_thw: torch.Tensor  # (images, 3) in patches
 
     @classmethod
-    def from_prompts(cls, prompts, config=None, device="cpu") -> "PromptBatch":
+    def from_prompts(cls, prompts, config=None, device="cpu"):
         """Build from objects with .ids (P,), .pixels (patches, ...) and .grid_thw (images, 3)."""
         return cls(
             ids=pad_sequence([prompt.ids for prompt in prompts], batch_first=True).to(device),
@@ -145,7 +134,7 @@ class PromptBatch(NamedTuple):
             pixels=[prompt.pixels.to(device) for prompt in prompts],
             grid_thw=torch.cat([prompt.grid_thw for prompt in prompts]).to(device))
 
-def pad_completions(groups) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_completions(groups):
     """B groups of N token-id tensors -> ids (B, N, T), right-padded, mask True on real tokens."""
     lengths = torch.tensor([[len(ids) for ids in group] for group in groups])  # (B, N)
     ids = pad_sequence([ids for group in groups for ids in group], batch_first=True)  # (B*N, T)
@@ -169,24 +158,21 @@ class GroupAttention:
     """Causal attention inside each prompt; each completion sees its own prompt and its own past.
 
     The flat sequence holds B*P prompt tokens and then the completions' inputs, those that are True
-    in `real` (B, N, T): here T leaves out each last token. Prompts are right-padded: under a causal
-    mask no real token ever sees the padding behind it, so only completions need a mask.
-    store(layer, k, v), if given, gets the prompts' keys and values of every layer.
+    in `real` (B, N, T): here T leaves out each last token. Under a causal mask no token of a prompt
+    sees the padding behind it. store(layer, k, v) gets the prompts' keys and values of every layer.
     """
 
-    def __init__(self, lengths, P: int, real=None, store=None):
+    def __init__(self, lengths, P, real, store=None):
         self.lengths = lengths
         self.B = len(lengths)
         self.P = P
         self.store = store
         self.bias = None
-        if real is None:
-            real = lengths.new_zeros(self.B, 1, 1, dtype=torch.bool)
         _, self.N, self.T = real.shape
         # Indices of the tokens. Found once, for this waits for a GPU; by mask, each layer would.
         self.where = real.nonzero(as_tuple=True)
 
-    def __call__(self, layer: int, q, k, v) -> torch.Tensor:
+    def __call__(self, layer, q, k, v):
         """q (H, S, E), k and v (K, S, E) of all tokens -> their outputs (S, H, E)."""
         prompt_q = self.prompts(q)  # (B, H, P, E)
         prompt_k = self.prompts(k)
@@ -204,7 +190,7 @@ class GroupAttention:
         values = torch.cat([prompt_v.repeat_interleave(self.N, dim=0), self.completions(v)], dim=2)
         return torch.cat([output, self.attend(self.completions(q), keys, values)])
 
-    def attend(self, q, keys, values) -> torch.Tensor:
+    def attend(self, q, keys, values):
         """Completions' q (B*N, H, T, E), keys and values (B*N, K, P+T, E) -> outputs (n, H, E)."""
         rows, H, T, E = q.shape
         K = keys.shape[1]
@@ -219,24 +205,21 @@ class GroupAttention:
         output = output.reshape(self.B, self.N, H, T, E).transpose(2, 3)
         return output[self.where]
 
-    def make_bias(self, g: int, dtype) -> torch.Tensor:
+    def make_bias(self, g, dtype):
         """(B*N, 1, g*T, P+T), shared by all layers: 0 on what a token may see, and else -inf."""
-        device = self.lengths.device
-        prompt = torch.arange(self.P, device=device) < self.lengths[:, None]  # (B, P)
-        causal = torch.ones(self.T, self.T, dtype=torch.bool, device=device).tril()
-        seen = torch.cat([prompt[:, None].expand(-1, self.T, -1),
-                          causal.expand(self.B, -1, -1)], dim=-1)  # (B, T, P+T)
+        place = torch.arange(self.P + self.T, device=self.lengths.device)
+        real = (place < self.lengths[:, None]) | (place >= self.P)  # (B, P+T)
+        seen = real[:, None].repeat(1, self.T, 1).tril(self.P)  # (B, T, P+T)
         bias = torch.where(seen, 0.0, -torch.inf).to(dtype)
         # On CUDA, rows must begin at multiples of 8 numbers.
-        bias = F.pad(bias, (0, -bias.shape[-1] % 8)).repeat(1, g, 1)
-        bias = bias.repeat_interleave(self.N, dim=0)[:, None]
-        return bias[..., : self.P + self.T]
+        bias = F.pad(bias, (0, -len(place) % 8)).repeat(1, g, 1)
+        return bias.repeat_interleave(self.N, dim=0)[:, None, :, : len(place)]
 
-    def prompts(self, x) -> torch.Tensor:
+    def prompts(self, x):
         """The prompts' part of x (heads, S, E), as (B, heads, P, E)."""
         return x[:, : self.B * self.P].unflatten(1, (self.B, self.P)).transpose(0, 1)
 
-    def completions(self, x) -> torch.Tensor:
+    def completions(self, x):
         """The completions' part of x (heads, S, E), padded: (B*N, heads, T, E)."""
         tokens = x[:, self.B * self.P :].transpose(0, 1)  # (n, heads, E)
         padded = x.new_zeros(self.B, self.N, self.T, *tokens.shape[1:])
@@ -247,8 +230,8 @@ class GroupAttention:
 class TokenLogProbs(torch.autograd.Function):
     """log softmax(hidden @ weight.T / temperature)[targets], (M,) float32.
 
-    hidden (M, D), weight (V, D), targets (M,). Logits live for CHUNK tokens at a time and are
-    computed again in the backward pass, so memory does not grow with M * V.
+    hidden (M, D), weight (V, D), targets (M,). The logits of CHUNK tokens at a time are in memory,
+    and are computed again in the backward pass.
     """
 
     @staticmethod
@@ -284,14 +267,14 @@ class TokenLogProbs(torch.autograd.Function):
                 grad_weight += product(d_logits.T, hidden[part])
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None
 
-def scaled_logits(hidden, weight, temperature, forbidden) -> torch.Tensor:
+def scaled_logits(hidden, weight, temperature, forbidden):
     """Logits (M, V) of the policy in float32; a forbidden token has probability 0."""
     logits = product(hidden, weight.T)
     if temperature != 1:
         logits.div_(temperature)
     return logits.index_fill_(1, forbidden, -torch.inf)
 
-def product(a, b) -> torch.Tensor:
+def product(a, b):
     """a @ b, of two matrices or two batches of matrices, in float32."""
     multiply = torch.mm if a.dim() == 2 else torch.bmm
     if a.is_cuda and a.dtype != torch.float32:
@@ -302,15 +285,13 @@ def product(a, b) -> torch.Tensor:
 
 # ---- Sampling ----------------------------------------------------------------------------------
 class Completion(NamedTuple):
-    """A sampled completion."""
-
     ids: torch.Tensor  # (T,) with the end token, if there is one
     logprobs: torch.Tensor  # (T,) under softmax(logits / temperature); greedy: temperature 1
     finished: bool  # False: cut off at the length limit
 
 @torch.inference_mode()
-def generate(network: GroupPolicy, prompts, num_generations: int = 1, max_new_tokens: int = 256,
-             temperature: float = 1.0, seeds=None, cuda_graph=True) -> list[list[Completion]]:
+def generate(network, prompts, num_generations=1, max_new_tokens=256, temperature=1.0, seeds=None,
+             cuda_graph=True) -> list[list[Completion]]:
     """Sample num_generations completions of each prompt; temperature 0 is greedy decoding.
 
     seeds: an integer below 2**32 for each prompt (default 0, 1, ...) that decides all random
@@ -322,8 +303,7 @@ def generate(network: GroupPolicy, prompts, num_generations: int = 1, max_new_to
     device = decoder.position.device
     stop = torch.tensor(network.stop_tokens, dtype=torch.long, device=device)
     forbidden = torch.tensor(network.forbidden_tokens, dtype=torch.long, device=device)
-    # A number in [0, 1) for every token, drawn for each prompt by itself: other prompts in the
-    # batch do not move the stream.
+    # In [0, 1), drawn for each prompt by itself: others in the batch do not move the stream.
     uniforms = []
     for seed in range(len(prompts)) if seeds is None else seeds:
         generator = torch.Generator().manual_seed(seed)
@@ -349,11 +329,18 @@ def generate(network: GroupPolicy, prompts, num_generations: int = 1, max_new_to
         if t + 1 == max_new_tokens or (check_now and not running.any()):
             break
         hidden = decoder.step(ids[t])
-    completions = split_rows(torch.stack(ids).cpu(), torch.stack(logprobs).cpu(), stop.cpu())
-    N = num_generations
-    return [completions[i : i + N] for i in range(0, len(completions), N)]
+    ids = torch.stack(ids, dim=1).cpu()  # (R, length)
+    logprobs = torch.stack(logprobs, dim=1).cpu()
+    ended = torch.isin(ids, stop.cpu())
+    groups = [[] for _ in prompts]
+    for r, finished in enumerate(ended.any(dim=1).tolist()):
+        # argmax is the place of the first True.
+        length = int(ended[r].int().argmax()) + 1 if finished else ids.shape[1]
+        completion = Completion(ids[r, :length], logprobs[r, :length], finished)
+        groups[r // num_generations].append(completion)
+    return groups
 
-def draw(probabilities, uniform) -> torch.Tensor:
+def draw(probabilities, uniform):
     """Index (R, 1) where the cumulative probabilities (R, V) pass uniform (R, 1) in [0, 1)."""
     # torch.multinomial takes 143 ms for 32 rows of 152,000 words on a CPU; this takes 7.
     cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
@@ -363,24 +350,14 @@ def draw(probabilities, uniform) -> torch.Tensor:
     # NaN gives an arbitrary word, and its log-prob is NaN too.
     return index.clamp(max=probabilities.shape[1] - 1)
 
-def split_rows(ids, logprobs, stop) -> list[Completion]:
-    """Sampled ids and log-probs (length, R) as R completions, each cut after its end token."""
-    ended = torch.isin(ids, stop)  # (length, R)
-    completions = []
-    for r, finished in enumerate(ended.any(dim=0).tolist()):
-        length = int(ended[:, r].int().argmax()) + 1 if finished else len(ids)
-        completions.append(Completion(ids[:length, r], logprobs[:length, r], finished))
-    return completions
-
 class Decoder:
     """Runs each prompt once, then one token of each row a step, with a KV cache.
 
-    A prompt's keys and values are kept once: its rows share one product with them. On CUDA a step
-    is captured as a graph, which needs fixed shapes: attention then reads 64, 128, 256, ... slots,
-    of which the empty ones are masked.
+    A prompt's keys and values are kept once, for all its rows. On CUDA a step is captured as a
+    graph, of fixed shapes: attention then reads 64, 128, 256, ... slots, and empty ones are masked.
     """
 
-    def __init__(self, network: GroupPolicy, prompts, N: int, max_tokens: int, cuda_graph: bool):
+    def __init__(self, network, prompts, N, max_tokens, cuda_graph):
         device = network.vlm.lm_head.weight.device
         self.network = network
         self.batch = PromptBatch.from_prompts(prompts, network.config, device)
@@ -394,7 +371,7 @@ class Decoder:
         self.rows = {}  # of each layer: keys and values (B, K, N, max_tokens, E)
         self.t = -1  # the slot that the current token fills
         self.window = 0  # how many slots attention reads
-        # Tensors that a graph reads: they are changed in place.
+        # A graph reads these tensors: they are changed in place.
         self.slot = torch.zeros(1, dtype=torch.long, device=device)  # t
         self.tokens = torch.zeros(self.B * N, dtype=torch.long, device=device)
         # To be added to scores: -inf on the padding of prompts and on slots that are still empty.
@@ -404,22 +381,21 @@ class Decoder:
         self.prompt_positions, next_position = network.positions(self.batch)
         self.position = next_position.repeat_interleave(N)  # (R,) of the token that goes in next
 
-    def prefill(self) -> torch.Tensor:
+    def prefill(self):
         """Hidden states (R, D) of the prompts' last tokens, equal for all rows of a prompt."""
-        attend = GroupAttention(self.batch.lengths, self.P, store=self.store_prompts)
+        nothing = torch.zeros(self.B, 1, 1, dtype=torch.bool, device=self.mask.device)
+        attend = GroupAttention(self.batch.lengths, self.P, nothing, self.store_prompts)
         hidden = self.network.hidden_states(self.batch, self.prompt_positions, attend)
-        hidden = hidden.view(self.B, self.P, -1)
-        last = hidden[torch.arange(self.B, device=hidden.device), self.batch.lengths - 1]  # (B, D)
-        return last.repeat_interleave(self.N, dim=0)
+        last = self.batch.lengths - 1 + self.P * torch.arange(self.B, device=hidden.device)
+        return hidden[last].repeat_interleave(self.N, dim=0)
 
-    def store_prompts(self, layer: int, k, v):
+    def store_prompts(self, layer, k, v):
         """Keep a layer's prompt keys and values, (B, K, P, E) each."""
-        # Keys are transposed once, into the layout that every later product reads.
         self.prompts[layer] = (k.mT.flatten(0, 1).contiguous(), v.flatten(0, 1).contiguous())
         shape = (2, self.B, self.K, self.N, self.max_tokens, k.shape[-1])
         self.rows[layer] = k.new_zeros(shape).unbind()
 
-    def step(self, tokens) -> torch.Tensor:
+    def step(self, tokens):
         """Tokens (R,) -> hidden states (R, D), valid until the next step."""
         self.t += 1
         self.slot.fill_(self.t)
@@ -433,7 +409,7 @@ class Decoder:
         self.position += 1
         return hidden
 
-    def replay(self) -> torch.Tensor:
+    def replay(self):
         """`decode` as a graph, which is captured anew when its window is full."""
         window = min(max(64, 1 << self.t.bit_length()), self.max_tokens)
         if window == self.window:
@@ -442,13 +418,12 @@ class Decoder:
         self.window = window
         # Drop an old graph before another is captured: they share cuBLAS's workspace.
         self.graph = None
-        # Eager, which also warms up what a capture needs.
         hidden = self.decode()
         self.graph = self.capture()
         return hidden
 
     def capture(self):
-        """Record `decode`, on the tensors that are in use now, as a graph; nothing is computed."""
+        """`decode` as a graph on the tensors that are in use now; nothing is computed."""
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -458,7 +433,7 @@ class Decoder:
             raise
         return graph
 
-    def decode(self) -> torch.Tensor:
+    def decode(self):
         """One pass of the language model over the current token of every row."""
         # Layer by layer: language_model.forward would spend a twentieth of a small network's step
         # on masks and caches that are not used here.
@@ -469,7 +444,7 @@ class Decoder:
             x = layer(x, position_embeddings=rotary, attend=self.attend)
         return text.norm(x)[0]
 
-    def attend(self, layer: int, q, k, v) -> torch.Tensor:
+    def attend(self, layer, q, k, v):
         """One token of each row: q (H, R, E), k and v (K, R, E) -> outputs (R, H, E)."""
         B, N, K, P = self.B, self.N, self.K, self.P
         g = q.shape[0] // K
@@ -483,8 +458,7 @@ class Decoder:
         q = (q * E**-0.5).view(K, g, B, N, E).permute(2, 0, 3, 1, 4).reshape(B * K, N * g, E)
         on_prompt = product(q, prompt_k)  # (B*K, N*g, P)
         on_own = product(q.view(-1, g, E), keys.flatten(0, 2)[:, :self.window].mT)
-        on_own = on_own.view(B * K, N * g, self.window)
-        scores = torch.cat([on_prompt, on_own], dim=-1)
+        scores = torch.cat([on_prompt, on_own.view(B * K, N * g, self.window)], dim=-1)
         weights = (scores + self.mask[..., : P + self.window]).softmax(dim=-1).to(q.dtype)
         output = torch.bmm(weights[..., :P], prompt_v)  # (B*K, N*g, E)
         own_weights = weights[..., P:].view(-1, g, self.window)
@@ -494,31 +468,28 @@ class Decoder:
 
 
 # ---- Files -------------------------------------------------------------------------------------
-def load_pretrained(path, dtype=torch.float32, device="cpu") -> GroupPolicy:
-    """Load a Hugging Face checkpoint directory in `dtype` or, if that is "auto", in its own.
+def load_pretrained(path, dtype=torch.float32, device="cpu"):
+    """A GroupPolicy of a Hugging Face checkpoint directory, in `dtype` or, if "auto", in its own.
 
-    CheckpointError if the directory is no Qwen-VL checkpoint, or a tensor is missing, unknown or
-    misshaped.
+    CheckpointError if it is no Qwen-VL checkpoint, or a tensor is missing, unknown or misshaped.
     """
-    path = Path(path)
     check_checkpoint(path)
     transformers.logging.disable_progress_bar()
     with named_errors(path):
-        config = transformers.AutoConfig.from_pretrained(path, **LOCAL)
         vlm, report = transformers.AutoModelForImageTextToText.from_pretrained(
-            path, config=config, dtype=dtype, attn_implementation=ATTENTION, use_safetensors=True,
+            path, dtype=dtype, attn_implementation=ATTENTION, use_safetensors=True,
             output_loading_info=True, **LOCAL)
         for kind in ("missing_keys", "unexpected_keys"):
             if report[kind]:
                 raise ValueError(f"{kind} in its safetensors files: {sorted(report[kind])[0]}")
         network = GroupPolicy(vlm.to(device)).eval()
-        find_special_tokens(network, path)
+        find_special_tokens(network, Path(path))
     return network
 
 def check_checkpoint(path):
     """CheckpointError, which says what the directory is instead, if it is no Qwen-VL checkpoint."""
     path = Path(path)
-    problem = None
+    problem = ""
     if (path / "adapter_config.json").exists():
         problem = "LoRA adapters alone: merge them into their base, and give that"
     elif list(path.glob("model_world_size_*")):
@@ -526,15 +497,13 @@ def check_checkpoint(path):
     else:
         config = read_json(path / "config.json")
         if config.get("model_type") not in MODEL_TYPES:
-            problem = (f"model_type {config.get('model_type')!r} is not supported; it must be one "
-                       f"of {', '.join(MODEL_TYPES)}")
+            problem = f"model_type {config.get('model_type')!r} is none of {', '.join(MODEL_TYPES)}"
         elif "quantization_config" in config:
-            problem = ("quantised weights, as of AWQ or GPTQ, cannot be trained: give the "
-                       "checkpoint that they were made from")
+            problem = "quantised weights cannot be trained: give those that they were made from"
     if problem:
         raise CheckpointError(f"{path}: {problem}")
 
-def find_special_tokens(network: GroupPolicy, path: Path):
+def find_special_tokens(network, path):
     """Read which tokens end a completion, and which can never be in one."""
     config = network.config
     stop = []
@@ -554,25 +523,23 @@ def find_special_tokens(network: GroupPolicy, path: Path):
         network.stop_tokens = sorted({*network.stop_tokens, words["<|im_end|>"]}, key=str)
     for token in (*network.stop_tokens, *network.forbidden_tokens):
         if type(token) is not int or not 0 <= token < size:
-            raise ValueError(f"token {token!r} in config.json or generation_config.json is not a "
-                             f"number below vocab_size {size}")
+            raise ValueError(f"token {token!r} in its JSON files is no number below {size}")
 
-def read_json(path: Path) -> dict:
+def read_json(path):
     """The object in a JSON file; CheckpointError names a file that is missing or damaged."""
     try:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         content = error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: missing or damaged ({content!r:.80}); restore it, or do "
-                              "without its directory")
+        raise CheckpointError(f"{path}: missing or damaged; restore it ({content!r:.80})")
     return content
 
-def fused_rms_norm(module, x) -> torch.Tensor:
+def fused_rms_norm(module, x):
     """transformers' RMSNorm in one operation; written out it costs a fifth of a small network."""
     return F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
 
-def patch_product(module, pixels) -> torch.Tensor:
+def patch_product(module, pixels):
     """A convolution whose stride is its kernel, as the matrix product that it is."""
     weight = module.proj.weight.flatten(1)  # (width, channels * time * height * width)
     return F.linear(pixels.to(weight.dtype), weight, module.proj.bias)
@@ -587,7 +554,7 @@ def named_errors(path):
     except Exception as error:
         raise CheckpointError(f"{path}: {' '.join(str(error).split())[:300]}") from None
 
-def read_files(path) -> dict[str, bytes]:
+def read_files(path):
     """What a checkpoint has beside weights: configs, tokenizer, template, licence; never code."""
     files = {}
     for file in Path(path).iterdir():
@@ -597,29 +564,25 @@ def read_files(path) -> dict[str, bytes]:
             files[file.name] = file.read_bytes()
     return files
 
-def save_pretrained(network: GroupPolicy, directory, source, dtype=torch.bfloat16):
-    """Write a Hugging Face checkpoint; other files are those of `source`, a path or read_files'.
-
-    config.json is the source's own but for its type, so transformers 4 can read it, too.
-    """
+def save_pretrained(network, directory, source, dtype=torch.bfloat16):
+    """Write a Hugging Face checkpoint; its other files are those of `source`, a path or a dict."""
     directory = Path(directory)
     files = source if isinstance(source, dict) else read_files(source)
     state = {name: parameter.detach().to("cpu", dtype, copy=True)
              for name, parameter in network.vlm.named_parameters()}
-    # The most likely error is a full disk.
     with named_errors(directory):
         network.vlm.save_pretrained(directory, state_dict=state)
         for name, content in files.items():
             (directory / name).write_bytes(content)
+        # The source's own config.json but for the dtype, so transformers 4 can read it, too.
         config = json.loads(files["config.json"])
         for part in (config, config.get("text_config", {}), config.get("vision_config", {})):
             for key in {"dtype", "torch_dtype"} & set(part):
                 part[key] = str(dtype).removeprefix("torch.")
         (directory / "config.json").write_text(json.dumps(config, indent=2))
 
-def check_finite(network: GroupPolicy, prompt, where: str):
+def check_finite(network, prompt, where):
     """CheckpointError unless the first token after a prompt has a finite log-prob."""
-    # Weights that are not finite, or that overflow in the forward pass, show in one token.
     [[probe]] = generate(network, [prompt], 1, 1)
     if not probe.logprobs.isfinite():
         raise CheckpointError(f"{where}: weights are not finite")
