@@ -355,12 +355,11 @@ class Processor:
             for name in ("patch_size", "temporal_patch_size", "merge_size"):
                 size = getattr(self.image_processor, name)
                 wanted = config["vision_config"].get(name.replace("merge", "spatial_merge"), size)
-                require(size == wanted, f"{name} {size} of its images is not config.json's {wanted}")
+                require(size == wanted, f"{name} {size} of images, {wanted} in config.json")
             self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
             template = path / "chat_template.json"
             if template.is_file():
                 self.tokenizer.chat_template = json.loads(template.read_text())["chat_template"]
-            require("image_pad" in (self.tokenizer.chat_template or ""), "no template with images")
             # If its files are missing, transformers makes an empty tokenizer.
             image_id = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
             require(image_id == config["image_token_id"], "its tokenizer is another model's")
@@ -399,6 +398,7 @@ class Processor:
                                                     add_generation_prompt=True)
         # Templates of thinking models open the thought, but ours is the model's to write.
         prompt = re.sub(r"<think>\s*$", "", prompt)
+        require(prompt.count("<|image_pad|>") == 1, "its chat template does not show one image")
         # The template writes one <|image_pad|>; the network takes one for each image token.
         slots = "<|image_pad|>" * (rows * columns // merge**2)
         ids = self.token_ids(prompt.replace("<|image_pad|>", slots))

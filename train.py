@@ -62,7 +62,7 @@ class Settings:
     micro_batch_size: int = flag(1, "prompts, with their groups, in one forward pass", low=1)
     num_generations: int = flag(8, "rollouts of each prompt (G)", low=1, high=1024)
     max_prompt_length: int = flag(4096, "longest prompt in tokens; none is ever cut", low=1)
-    max_completion_length: int = flag(512, "longest rollout in tokens; memory grows with its square",
+    max_completion_length: int = flag(512, "longest rollout in tokens; costs memory by its square",
                                       low=1, high=8192)
     temperature: float = flag(1.0, "of sampling and of log-probs", low=0.01)
     learning_rate: float = flag(1e-6, "of AdamW, constant")
@@ -144,8 +144,9 @@ def train(settings: Settings):
         if is_first():
             parts = " + ".join(processor.score("", filler.example))
             print(f"{settings.method} on {settings.task}, {dist.get_world_size()} x {device.type}, "
-                  f"{len(samples)} samples\nA policy loss near 0 is normal: advantages have mean 0. "
-                  f"Watch the rewards: {parts}.")
+                  f"{len(samples)} samples")
+            print("A policy loss near 0 is normal: advantages have mean 0. Watch the rewards: "
+                  f"{parts}.")
         loop(run)
 
 def loop(run: Run):
@@ -491,8 +492,10 @@ def compare_with_before(directory: Path, config: dict):
     if not (directory / "config.json").exists():
         return
     before = model.read_json(directory / "config.json")
-    for name in (*FIXED, "data_sha256"):
-        require(before.get(name) == config[name], f"{directory} holds a run with {name} "
+    require(before.get("data_sha256") == config["data_sha256"],
+            f"{directory} holds a run on other rows than those of --data {config['data']}")
+    for name in FIXED:
+        require(before.get(name) == config[name], f"{directory} holds a run with --{name} "
                 f"{before.get(name)!r}, not {config[name]!r}: --resume cannot change it")
     for name in config:
         if config[name] != before.get(name) and name != "resume":
