@@ -285,6 +285,8 @@ def product(a, b):
 
 # ---- Sampling ----------------------------------------------------------------------------------
 class Completion(NamedTuple):
+    """A sampled completion; its tensors are on the CPU."""
+
     ids: torch.Tensor  # (T,) with the end token, if there is one
     logprobs: torch.Tensor  # (T,) under softmax(logits / temperature); greedy: temperature 1
     finished: bool  # False: cut off at the length limit
