@@ -285,14 +285,16 @@ def product(a, b):
 
 # ---- Sampling ----------------------------------------------------------------------------------
 class Completion(NamedTuple):
+    """A sampled completion; its tensors are on the CPU."""
+
     ids: torch.Tensor  # (T,) with the end token, if there is one
     logprobs: torch.Tensor  # (T,) under softmax(logits / temperature); greedy: temperature 1
     finished: bool  # False: cut off at the length limit
 
 @torch.inference_mode()
 def generate(network, prompts, num_generations=1, max_new_tokens=256, temperature=1.0, seeds=None,
-             cuda_graph=True) -> list[list[Completion]]:
-    """Sample num_generations completions of each prompt; temperature 0 is greedy decoding.
+             cuda_graph=True):
+    """Sample num_generations Completions of each prompt; temperature 0 is greedy decoding.
 
     seeds: an integer below 2**32 for each prompt (default 0, 1, ...) that decides all random
     numbers of its rollouts, whatever else is in the batch. cuda_graph changes only the time.
@@ -458,7 +460,8 @@ class Decoder:
         q = (q * E**-0.5).view(K, g, B, N, E).permute(2, 0, 3, 1, 4).reshape(B * K, N * g, E)
         on_prompt = product(q, prompt_k)  # (B*K, N*g, P)
         on_own = product(q.view(-1, g, E), keys.flatten(0, 2)[:, :self.window].mT)
-        scores = torch.cat([on_prompt, on_own.view(B * K, N * g, self.window)], dim=-1)
+        on_own = on_own.view(B * K, N * g, self.window)
+        scores = torch.cat([on_prompt, on_own], dim=-1)
         weights = (scores + self.mask[..., : P + self.window]).softmax(dim=-1).to(q.dtype)
         output = torch.bmm(weights[..., :P], prompt_v)  # (B*K, N*g, E)
         own_weights = weights[..., P:].view(-1, g, self.window)
