@@ -21,6 +21,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import torch
+import torch._dynamo  # before torch is patched: it takes stock of torch as it is
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
@@ -49,9 +50,10 @@ class Cuda(torch.Tensor):
     @staticmethod
     def __new__(cls, numbers):
         # To C++ it is on "meta": a torch without CUDA has no autograd for a GPU.
-        return torch.Tensor._make_wrapper_subclass(
-            cls, numbers.size(), strides=numbers.stride(), storage_offset=numbers.storage_offset(),
-            dtype=numbers.dtype, device="meta")
+        with torch.inference_mode(False):
+            return torch.Tensor._make_wrapper_subclass(
+                cls, numbers.size(), strides=numbers.stride(), storage_offset=numbers.storage_offset(),
+                dtype=numbers.dtype, device="meta")
 
     def __init__(self, numbers):
         self.numbers = numbers

@@ -130,13 +130,13 @@ def test_float32_equals_the_cpu(checkpoint, gpu):
 
 
 def test_bfloat16_gradients_of_the_head_are_close_to_float32(monkeypatch, gpu):
-    """The same rounded factors in both types: logits and sums over chunks are float32 in either."""
+    """Over 80 chunks, from the same rounded factors: logits, and the sum over chunks, are float32 in both types."""
     monkeypatch.setattr(model, "CHUNK", 16)
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(40, 64, generator=generator).bfloat16().to(gpu)
-    weight = (torch.randn(1000, 64, generator=generator) / 8).bfloat16().to(gpu)
-    targets = torch.arange(40, device=gpu)
-    forbidden = torch.tensor([500, 999], device=gpu)
+    hidden = torch.randn(1280, 64, generator=generator).bfloat16().to(gpu)
+    weight = (torch.randn(200, 64, generator=generator) / 8).bfloat16().to(gpu)
+    targets = torch.randint(100, (1280,), generator=generator).to(gpu)
+    forbidden = torch.tensor([150, 199], device=gpu)
     results = []
     for dtype in (torch.float32, torch.bfloat16):
         h = hidden.to(dtype, copy=True).requires_grad_()
@@ -144,9 +144,10 @@ def test_bfloat16_gradients_of_the_head_are_close_to_float32(monkeypatch, gpu):
         values = model.TokenLogProbs.apply(h, w, targets, 1.0, forbidden)
         values.mean().backward()
         results.append((values.detach(), h.grad.float(), w.grad.float()))
-    for exact, rounded in zip(*results):
-        assert (exact - rounded).norm() < 1e-2 * exact.norm()
-    assert (results[0][0] - results[1][0]).abs().max() < 1e-4, "logits of half-precision factors are float32"
+    (values, *gradients), (rounded_values, *rounded_gradients) = results
+    assert (values - rounded_values).abs().max() < 1e-4
+    for exact, rounded in zip(gradients, rounded_gradients):
+        assert (exact - rounded).norm() < 4e-3 * exact.norm()
 
 
 @on_a_gpu
