@@ -502,7 +502,8 @@ def check_checkpoint(path):
         if config.get("model_type") not in MODEL_TYPES:
             problem = f"model_type {config.get('model_type')!r} is none of {', '.join(MODEL_TYPES)}"
         elif "quantization_config" in config:
-            problem = "quantised weights cannot be trained: give those that they were made from"
+            problem = ("quantised weights (AWQ, GPTQ) cannot be trained: give those that they were "
+                       "made from")
     if problem:
         raise CheckpointError(f"{path}: {problem}")
 

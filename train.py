@@ -320,7 +320,9 @@ def plan(run: Run, groups: list[Group]) -> tuple[list[list[Group]], float]:
     useful.sort(key=lambda group: max(map(len, group.ids)))
     size = run.settings.micro_batch_size
     micro_batches = [useful[i : i + size] for i in range(0, len(useful), size)]
-    tokens = sum(len(ids) for group in groups for ids in group.ids)
+    tokens = 0
+    for group in groups:
+        tokens += sum(map(len, group.ids))
     of_all_ranks = np.array(gather([(len(micro_batches), tokens)]))  # (W, 2)
     # FSDP's exchanges need all ranks: one with fewer micro-batches computes fillers.
     micro_batches += [[run.filler]] * (of_all_ranks[:, 0].max() - len(micro_batches))
@@ -347,7 +349,9 @@ def load_network(settings: Settings, source, device) -> tuple:
     """The network, each of W ranks holding 1/W of it in float32; and its sampler: see gathered."""
     network = model.load_pretrained(source, dtype="auto")
     # The sampler has the same modules and buffers, but its weights are empty.
-    memo = {id(buffer): buffer for buffer in network.buffers()}
+    memo = {}
+    for buffer in network.buffers():
+        memo[id(buffer)] = buffer
     for weight in network.parameters():
         memo[id(weight)] = torch.nn.Parameter(weight.to("meta"))
     sampler = copy.deepcopy(network, memo)
