@@ -162,7 +162,9 @@ class GroupAttention:
     sees the padding behind it. store(layer, k, v) gets the prompts' keys and values of every layer.
     """
 
-    def __init__(self, lengths, P, real, store=None):
+    def __init__(self, lengths, P, real=None, store=None):
+        if real is None:
+            real = torch.zeros(len(lengths), 1, 0, dtype=torch.bool, device=lengths.device)
         self.lengths = lengths
         self.B = len(lengths)
         self.P = P
@@ -385,8 +387,7 @@ class Decoder:
 
     def prefill(self):
         """Hidden states (R, D) of the prompts' last tokens, equal for all rows of a prompt."""
-        nothing = torch.zeros(self.B, 1, 1, dtype=torch.bool, device=self.mask.device)
-        attend = GroupAttention(self.batch.lengths, self.P, nothing, self.store_prompts)
+        attend = GroupAttention(self.batch.lengths, self.P, store=self.store_prompts)
         hidden = self.network.hidden_states(self.batch, self.prompt_positions, attend)
         last = self.batch.lengths - 1 + self.P * torch.arange(self.B, device=hidden.device)
         return hidden[last].repeat_interleave(self.N, dim=0)
