@@ -21,7 +21,8 @@ from types import SimpleNamespace
 from unittest import mock
 
 import torch
-import torch._dynamo  # before torch is patched: it takes stock of torch as it is
+# Before torch is patched: this takes stock of torch's functions.
+import torch._dynamo
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
@@ -125,6 +126,7 @@ def run(function, args, kwargs):
 
 
 def compute(function, args, kwargs):
+    """The operation itself, on tensors of the CPU."""
     if function in (aten.mm.dtype, aten.bmm.dtype):
         # A CPU has no products with out_dtype.
         a, b, dtype = args
