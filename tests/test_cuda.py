@@ -1,5 +1,5 @@
-"""What GPUs do otherwise than a CPU. Where only the choice of a kernel or the layout of tensors matters, a pretended GPU
-serves too; where rounding matters, tests skip without a real one."""
+"""What GPUs do otherwise than a CPU. Where only the choice of a kernel or the layout of tensors matters, a pretended
+GPU serves too; where rounding matters, tests skip without a real one."""
 
 import pytest
 import torch
