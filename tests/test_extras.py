@@ -338,8 +338,10 @@ def test_answers_stand_beside_their_pictures(tmp_path):
     [picture] = Page(missed).pictures()
     assert picture.size == (360, 270)
     assert colour(picture, 92, 150, green) and colour(picture, 200, 223, green) and colour(picture, 45, 45, grey)
+    assert colour(picture, 180, 135, green), "its point"
     [picture] = Page(found).pictures()
     assert colour(picture, 305, 100, orange) and colour(picture, 92, 100, green) and colour(picture, 330, 260, grey)
+    assert colour(picture, 180, 135, green) and colour(picture, 207, 135, orange), "their points"
 
 
 def test_shown_are_the_worst_and_the_best_and_some_between(tmp_path):
