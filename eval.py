@@ -30,8 +30,9 @@ from tqdm import tqdm
 import data
 import model
 import rewards
+from data import UserError, require
 
-def flag(default, help: str, low=0, high=math.inf, choices=None):
+def flag(default, help, low=0, high=math.inf, choices=None):
     """A field of Settings, which is a flag; numbers must be from low to high."""
     words = {"help": help, "bounds": (low, high), "choices": choices}
     return field(default=default, metadata=words)
@@ -57,7 +58,7 @@ def main(argv=None):
     """The command line."""
     run_program("eval.py", run, parse(Settings, argv, "eval.py"))
 
-def run(settings: Settings):
+def run(settings):
     """Answer, measure, write answers.json and print the metrics."""
     device = start(settings.timeout)
     task = data.TASKS[settings.task]
@@ -67,21 +68,20 @@ def run(settings: Settings):
     processor = data.Processor(checkpoint, task, settings.image_size)
     name = "-".join(["eval", task.name, *Path(settings.model).absolute().parts[1:][-2:]])
     directory = Path(settings.output_dir or f"runs/{name}")
-    with claimed(directory):
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        network = model.load_pretrained(checkpoint, dtype, device)
-        note_signals()
-        results, bad_rows = evaluate(network, processor, samples, settings.max_completion_length,
-                                     settings.eval_batch_size, settings.cuda_graph)
-        means = metrics(results, task)
-        content = {"settings": asdict(settings), "metrics": means, "answers": results}
-        on_first_rank(write_text, directory / "answers.json", json.dumps(content, indent=1))
+    on_first_rank(claim, directory)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    network = model.load_pretrained(checkpoint, dtype, device)
+    note_signals()
+    results, bad_rows = evaluate(network, processor, samples, settings.max_completion_length,
+                                 settings.eval_batch_size, settings.cuda_graph)
+    means = metrics(results, task) | {"bad rows": len(bad_rows)}
+    content = {"settings": asdict(settings), "metrics": means, "answers": results}
+    on_first_rank(write_text, directory / "answers.json", json.dumps(content, indent=1))
     if is_first():
         print(format_table(means), directory / "answers.json", sep="\n")
-        print(f"bad rows: {len(bad_rows)}")
     leave_if_asked("eval.py", f"{len(results)} of {len(samples)} samples are answered")
     for problem in bad_rows:
-        data.require(settings.skip_bad_rows, f"{problem}; others are answered; see --skip_bad_rows")
+        require(settings.skip_bad_rows, f"{problem}; others are answered; see --skip_bad_rows")
 
 def evaluate(network, processor, samples, max_new_tokens=512, batch_size=32, cuda_graph=True):
     """All ranks' results in samples' order, and a line on each sample that cannot be used.
@@ -129,7 +129,7 @@ def make_result(processor, example, completion):
 
 
 # ---- Metrics -----------------------------------------------------------------------------------
-def metrics(results: list[dict], task: data.Task):
+def metrics(results, task):
     """Means of the task's and of general metrics over the samples that have them; None of none."""
     columns = {}
     for result in results:
@@ -147,7 +147,7 @@ def metrics(results: list[dict], task: data.Task):
     names = (*task.metrics, "well_formed", "thinking", "truncated", "length", "reward")
     return {name: means.get(name) for name in names} | {"samples": len(results)}
 
-def measure(result: dict, kind: str = "objects"):
+def measure(result, kind="objects"):
     """The scores of one answer, as in the authors' evaluation; an unreadable one is wrong."""
     predicted = result["prediction"]
     scores = {name: float(result[name]) for name in ("thinking", "truncated", "length")}
@@ -156,18 +156,14 @@ def measure(result: dict, kind: str = "objects"):
     if kind == "math":
         scores["accuracy"] = result["reward"]["accuracy"]
     elif kind == "count":
-        error = count_of(predicted) - count_of(result["label"])
+        error = rewards.count(predicted or []) - rewards.count(result["label"])
         scores["count_acc"] = float(predicted is not None and error == 0)
         scores |= {"MAE": abs(error), "squared_error": error**2}
     else:
         scores |= measure_objects(predicted, result["label"], result["size"])
     return scores
 
-def count_of(answer):
-    """The number that an answer is, or of the objects that it lists; None lists none."""
-    return int(answer) if isinstance(answer, str) else len(answer or [])
-
-def measure_objects(predicted, label: list[dict], size):
+def measure_objects(predicted, label, size):
     """Scores of objects, or of None, in pixels of an image of `size`."""
     boxes = numbers_of(predicted, "bbox_2d", 4)  # (n, 4)
     true_boxes = numbers_of(label, "bbox_2d", 4)  # (m, 4)
@@ -196,12 +192,12 @@ def measure_objects(predicted, label: list[dict], size):
     scores["point_in_box"] = float(inside.all(axis=2).any())
     return scores
 
-def numbers_of(answer, name: str, size: int):
+def numbers_of(answer, name, size):
     """Boxes (n, 4) or points (n, 2) of an answer's objects; none of an unreadable answer."""
     numbers = [found[name] for found in answer or [] if name in found]
     return np.array(numbers, float).reshape(-1, size)
 
-def box_around(boxes: np.ndarray):
+def box_around(boxes):
     """The smallest box (1, 4) that holds all boxes (n, 4); (0, 4) if n is 0."""
     if len(boxes) == 0:
         return boxes
@@ -214,7 +210,7 @@ def paint(boxes, size):
         mask[y1:y2, x1:x2] = True
     return mask
 
-def format_table(values: dict) -> str:
+def format_table(values):
     """Metrics as text, one a line."""
     lines = []
     for name, value in values.items():
@@ -230,7 +226,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n" if is_first() else None)
 
-def parse(settings_class, argv, program: str):
+def parse(settings_class, argv, program):
     """Read flags into a dataclass; its task decides defaults, and so they are in --help too."""
     # The task first, for it decides the defaults of others.
     parser = Parser(program, add_help=False, allow_abbrev=False)
@@ -256,28 +252,25 @@ def parse(settings_class, argv, program: str):
             parser.error(f"--{setting.name} must be from {low} to {high}, not {value}")
     return settings
 
-@contextmanager
-def claimed(directory: Path, resume=False):
-    """Hold a directory that is new or empty or, to resume, a run's own; else raise UserError."""
-    on_first_rank(directory.mkdir, 0o777, True, True)
-    with open(directory / ".lock", "w") as lock:
-        on_first_rank(check_claim, directory, lock, resume)
-        # Locked until this process closes the file or ends, however it ends.
-        yield
+# Open files: a lock is held until the program ends, however it ends.
+held_locks = []
 
-def check_claim(directory: Path, lock, resume: bool):
-    """Lock the file, and check what is beside it."""
+def claim(directory, resume=False):
+    """Take a directory that is new or empty or, to resume, a run's own; else raise UserError."""
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = open(directory / ".lock", "w")
     try:
         flock(lock, LOCK_EX | LOCK_NB)
     except BlockingIOError:
-        raise data.UserError(f"{directory}: another run is at work there") from None
+        raise UserError(f"{directory}: another run is at work there") from None
     # A full disk shows here, before any work.
     print("process", os.getpid(), file=lock, flush=True)
     others = set(os.listdir(directory)) - {".lock"}
-    data.require(not others or resume and "config.json" in others, f"{directory} is not empty: "
-                 "give another --output_dir, or --resume if a run of train.py was in it")
+    require(not others or resume and "config.json" in others, f"{directory} is not empty: "
+            "give another --output_dir, or --resume if a run of train.py was in it")
+    held_locks.append(lock)
 
-def write_text(path: Path, text: str):
+def write_text(path, text):
     """Write a file that is there whole or not at all."""
     unfinished = path.with_name(f"{path.name}.unfinished")
     unfinished.write_text(text)
@@ -287,7 +280,7 @@ def write_text(path: Path, text: str):
 # ---- One process or many -----------------------------------------------------------------------
 received_signals = []
 
-def run_program(program: str, function, *args):
+def run_program(program, function, *args):
     """Call function(*args). A user's mistake is one line and exit code 2; our own bugs raise."""
     for stream in (sys.stdout, sys.stderr):
         # A terminal may lack characters that a model writes.
@@ -297,7 +290,7 @@ def run_program(program: str, function, *args):
         record(function)(*args)
         if dist.is_initialized():
             dist.destroy_process_group()
-    except (data.UserError, model.CheckpointError, OSError) as error:
+    except (UserError, model.CheckpointError, OSError) as error:
         speaks = is_first()
         if dist.is_initialized() and world()[1] > 1:
             # Of several ranks that fail, the first one speaks.
@@ -312,11 +305,12 @@ def run_program(program: str, function, *args):
         complain(program, f"rank {world()[0]} waited for another rank in vain: {error}")
         sys.exit(1)
     finally:
+        held_locks.clear()
         if world()[1] > 1:
             # Python 3.11 crashes at exit if a thread of gloo is waiting for its lock.
             time.sleep(0.1)
 
-def complain(program: str, error):
+def complain(program, error):
     """Print one line; raw control characters in it could take over the terminal."""
     text = "".join(c if c.isprintable() else " " for c in str(error))
     print(f"{program}: {' '.join(text.split())}", file=sys.stderr)
@@ -329,7 +323,7 @@ def note_signals():
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda number, frame: received_signals.append(number))
 
-def leave_if_asked(program: str, message: str):
+def leave_if_asked(program, message):
     """End all ranks if a signal came to any of them, with the exit code 128 + its number."""
     numbers = gather(received_signals[:1])
     if numbers:
@@ -337,13 +331,13 @@ def leave_if_asked(program: str, message: str):
             complain(program, f"stopped by {signal.Signals(numbers[0]).name}; {message}")
         sys.exit(128 + numbers[0])
 
-def start(timeout_minutes: float = 30):
+def start(timeout_minutes=30):
     """Join torchrun's processes, or be a group of one; returns this process's device."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         count = torch.cuda.device_count()
-        data.require(local_rank < count, f"there are only {count} GPUs: --nproc_per_node {count}")
+        require(local_rank < count, f"there are only {count} GPUs: --nproc_per_node {count}")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
@@ -369,7 +363,7 @@ def my_share(items):
     rank, size = world()
     return list(items[len(items) * rank // size : len(items) * (rank + 1) // size])
 
-def gather(items: list):
+def gather(items):
     """The items of all ranks as one list on every rank: all of rank 0, then all of rank 1, ..."""
     size = world()[1]
     # One process exchanges nothing: gloo's thread would slow down OpenMP's threads for good.

@@ -100,7 +100,7 @@ class GroupPolicy(nn.Module):
         if len(batch.grid_thw) > 0:
             # Where images end, on the CPU: every vision block would wait for a GPU to tell it.
             ends = batch.grid_thw.cpu().prod(dim=1).cumsum(dim=0, dtype=torch.int32)
-            images = {"pixel_values": torch.cat(batch.pixels), "image_grid_thw": batch.grid_thw,
+            images = {"pixel_values": batch.pixels, "image_grid_thw": batch.grid_thw,
                       "image_cu_seqlens": F.pad(ends, (1, 0))}
         output = self.vlm.model(input_ids=ids[None], position_ids=positions[:, None],
                                 use_cache=False, attend=attend, **images)
@@ -122,7 +122,7 @@ class PromptBatch(NamedTuple):
 
     ids: torch.Tensor  # (B, P) right-padded
     lengths: torch.Tensor  # (B,) real tokens of each prompt
-    pixels: list[torch.Tensor]  # of each prompt: (patches, channels * time * height * width)
+    pixels: torch.Tensor  # (patches, channels * time * height * width)
     grid_thw: torch.Tensor  # (images, 3) in patches
 
     @classmethod
@@ -131,7 +131,7 @@ class PromptBatch(NamedTuple):
         return cls(
             ids=pad_sequence([prompt.ids for prompt in prompts], batch_first=True).to(device),
             lengths=torch.tensor([len(prompt.ids) for prompt in prompts], device=device),
-            pixels=[prompt.pixels.to(device) for prompt in prompts],
+            pixels=torch.cat([prompt.pixels for prompt in prompts]).to(device),
             grid_thw=torch.cat([prompt.grid_thw for prompt in prompts]).to(device))
 
 def pad_completions(groups):
@@ -271,9 +271,7 @@ class TokenLogProbs(torch.autograd.Function):
 
 def scaled_logits(hidden, weight, temperature, forbidden):
     """Logits (M, V) of the policy in float32; a forbidden token has probability 0."""
-    logits = product(hidden, weight.T)
-    if temperature != 1:
-        logits.div_(temperature)
+    logits = product(hidden, weight.T).div_(temperature)
     return logits.index_fill_(1, forbidden, -torch.inf)
 
 def product(a, b):
@@ -372,7 +370,7 @@ class Decoder:
         self.captures = cuda_graph and device.type == "cuda"
         self.graph = None
         self.prompts = {}  # of each layer: keys (B*K, E, P) and values (B*K, P, E)
-        self.rows = {}  # of each layer: keys and values (B, K, N, max_tokens, E)
+        self.rows = {}  # of each layer: keys and values (B*K*N, max_tokens, E)
         self.t = -1  # the slot that the current token fills
         self.window = 0  # how many slots attention reads
         # A graph reads these tensors: they are changed in place.
@@ -395,8 +393,7 @@ class Decoder:
     def store_prompts(self, layer, k, v):
         """Keep a layer's prompt keys and values, (B, K, P, E) each."""
         self.prompts[layer] = (k.mT.flatten(0, 1).contiguous(), v.flatten(0, 1).contiguous())
-        shape = (2, self.B, self.K, self.N, self.max_tokens, k.shape[-1])
-        self.rows[layer] = k.new_zeros(shape).unbind()
+        self.rows[layer] = k.new_zeros(2, self.B * self.K * self.N, self.max_tokens, k.shape[-1])
 
     def step(self, tokens):
         """Tokens (R,) -> hidden states (R, D), valid until the next step."""
@@ -453,21 +450,20 @@ class Decoder:
         g = q.shape[0] // K
         E = q.shape[2]
         keys, values = self.rows[layer]
-        keys.index_copy_(3, self.slot, k.view(K, B, N, 1, E).transpose(0, 1))
-        values.index_copy_(3, self.slot, v.view(K, B, N, 1, E).transpose(0, 1))
+        keys.index_copy_(1, self.slot, k.view(K, B, N, E).transpose(0, 1).reshape(-1, 1, E))
+        values.index_copy_(1, self.slot, v.view(K, B, N, E).transpose(0, 1).reshape(-1, 1, E))
         prompt_k, prompt_v = self.prompts[layer]
 
         # (K, g, B, N, E) -> (B, K, N, g, E): the queries of a prompt's rows stand together.
         q = (q * E**-0.5).view(K, g, B, N, E).permute(2, 0, 3, 1, 4).reshape(B * K, N * g, E)
         on_prompt = product(q, prompt_k)  # (B*K, N*g, P)
-        on_own = product(q.view(-1, g, E), keys.flatten(0, 2)[:, :self.window].mT)
+        on_own = product(q.view(-1, g, E), keys[:, :self.window].mT)
         on_own = on_own.view(B * K, N * g, self.window)
         scores = torch.cat([on_prompt, on_own], dim=-1)
         weights = (scores + self.mask[..., : P + self.window]).softmax(dim=-1).to(q.dtype)
         output = torch.bmm(weights[..., :P], prompt_v)  # (B*K, N*g, E)
         own_weights = weights[..., P:].view(-1, g, self.window)
-        own_values = values.flatten(0, 2)[:, :self.window]
-        output = torch.baddbmm(output.view(-1, g, E), own_weights, own_values)  # (B*K*N, g, E)
+        output = output.view(-1, g, E).baddbmm(own_weights, values[:, :self.window])
         return output.view(B, K, N, g, E).transpose(1, 2).reshape(B * N, K * g, E)
 
 
@@ -510,16 +506,13 @@ def check_checkpoint(path):
 
 def find_special_tokens(network, path):
     """Read which tokens end a completion, and which can never be in one."""
-    config = network.config
-    stop = []
-    if (path / "generation_config.json").exists():
-        stop = read_json(path / "generation_config.json").get("eos_token_id") or []
+    stop = network.vlm.generation_config.eos_token_id or []
     network.stop_tokens = stop if isinstance(stop, list) else [stop]
     for name in ("image", "video", "vision_start", "vision_end", "vision"):
-        token = getattr(config, f"{name}_token_id", None)
+        token = getattr(network.config, f"{name}_token_id", None)
         if token is not None:
             network.forbidden_tokens.append(token)
-    size = config.text_config.vocab_size
+    size = network.config.text_config.vocab_size
     if (path / "tokenizer_config.json").exists():
         words = transformers.AutoTokenizer.from_pretrained(path, **LOCAL).get_vocab()
         # Embeddings have more rows than there are words: 151,936 for 151,657 in Qwen2-VL.

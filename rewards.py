@@ -11,15 +11,13 @@ Counting also takes a number. Mathematics takes any text, with 0 or 1 for format
 """
 
 import json
+import logging
 import os
 import re
 import signal
-import sys
-import threading
 from dataclasses import dataclass
 from functools import cache
 from string import ascii_uppercase
-from subprocess import DEVNULL, PIPE, Popen
 
 import numpy as np
 
@@ -38,9 +36,8 @@ class Thresholds:
     box_l1: float = 10.0         # mean difference of the four numbers
     point: float = 30.0
 
-def score(completion: str, label: list[dict] | str, kind: str = "objects", frame=(840, 840),
-          thresholds=Thresholds(), choices=()) -> dict[str, float]:
-    """The reward of a completion by component: those above that its kind of answer has.
+def score(completion, label, kind="objects", frame=(840, 840), thresholds=Thresholds(), choices=()):
+    """The reward of a completion by component, a dict: those above that its kind of answer has.
 
     label: objects with "bbox_2d" and perhaps "point_2d", in coordinates that run to frame (width,
     height); or text, the number in counting, the answer in mathematics (perhaps one of `choices`).
@@ -60,13 +57,13 @@ def score(completion: str, label: list[dict] | str, kind: str = "objects", frame
                          "accuracy": accuracy_score(predicted, label, frame, thresholds),
                          "non_repeat": non_repeat(completion)}
 
-def has_thinking(completion: str):
+def has_thinking(completion):
     """Whether this is `<think>words</think>`, white space, `<answer>...</answer>` and no more."""
     text = r"((?:(?!</?(?:think|answer)>).)*)"          # any text without these tags
     found = re.fullmatch(rf"(?s)\s*<think>{text}</think>\s*<answer>{text}</answer>\s*", completion)
     return bool(found and re.search(r"[^\W_]", found[1]))
 
-def non_repeat(completion: str):
+def non_repeat(completion):
     """1, or 0 if two or more sentences of the prose repeat; case and white space do not count."""
     prose = split_completion(completion.casefold())[0]
     sentences = SENTENCE.findall(re.sub(r"</?think>|[^\S\n]", "", prose))
@@ -81,7 +78,7 @@ def format_score(predicted, label):
     # A right "[]" earns all, or boxes where nothing is would earn more; a wrong one earns nothing.
     return 2.0 if predicted == [] and count(label) == 0 else 0.0
 
-def count(answer: list | str):
+def count(answer):
     """How many objects an answer or a label lists or, as text, names."""
     return int(answer) if isinstance(answer, str) else len(answer)
 
@@ -173,7 +170,7 @@ def match(gains):
             column_of[row], column = column, column_of[row]
     return [(row, column) for row, column in enumerate(column_of.tolist()) if gains[row, column]]
 
-def split_completion(completion: str):
+def split_completion(completion):
     """The prose before the last `<answer>` outside thinking, and the answer, None if not closed."""
     # NUL hides thinking: no answer starts there, and JSON forbids it inside an answer.
     visible = re.sub(r"(?s)<think>.*?(?:</think>|\Z)", lambda t: "\0" * len(t[0]), completion)
@@ -183,7 +180,7 @@ def split_completion(completion: str):
     answer, closed, _ = rest.partition("</answer>")
     return completion[:len(prose)], answer if closed else None
 
-def read_answer(completion: str, kind: str = "objects"):
+def read_answer(completion, kind="objects"):
     """The answer as text, or as objects with their readable fields alone; None if malformed."""
     text = split_completion(completion)[1] or ""
     if kind == "math":
@@ -209,21 +206,39 @@ def read_answer(completion: str, kind: str = "objects"):
                     objects[index][name] = numbers
     return objects
 
-def same_answer(predicted: str, label: str, choices=()):
-    """Whether answers are one choice or text, or equal to math-verify; RuntimeError without it."""
+def same_answer(predicted, label, choices=()):
+    """Whether answers are one choice or text, or equal to math-verify; ImportError without it."""
     texts = [meaning(label, choices), meaning(predicted, choices)]
     if texts[0].casefold() == texts[1].casefold():
         return True
     if any(map(NO_FORMULA.search, texts)):
         return False
-    judge = start_judge(os.getpid(), threading.get_ident())
-    print(json.dumps(texts), file=judge.stdin, flush=True)
-    verdict = judge.stdout.readline()
-    if not verdict:
-        raise RuntimeError("math-verify does not run: pip install math-verify")
-    return verdict == "True\n"
+    parse, verify = load_math_verify()
+    # A child process judges. After half a second of work the kernel ends it, even in a step in
+    # which Python handles no signals, as 9^{9^{9^9}} is to gmpy2. The pair is not equal, then.
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            signal.setitimer(signal.ITIMER_PROF, 0.5)
+            gold, answer = [parse(f"${text}$", parsing_timeout=None) for text in texts]
+            status = int(not verify(gold, answer, timeout_seconds=None))
+        finally:
+            os._exit(status)
+    return os.waitpid(child, 0)[1] == 0
 
-def meaning(answer: str, choices):
+@cache
+def load_math_verify():
+    """Math-verify's parse and verify, ready to be called without their own limits of time."""
+    from math_verify import parse, verify
+    # It warns that limits are off: they are alarms, which only the main thread could set.
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+    # What sympy loads and prepares at first need takes longer than most pairs.
+    x_squared = parse("$x^2+x$", parsing_timeout=None)
+    verify(parse("$x(x+1)$", parsing_timeout=None), x_squared, timeout_seconds=None)
+    return parse, verify
+
+def meaning(answer, choices):
     """An answer in plain characters, without its box; the text of a choice for letter or index."""
     unboxed = re.sub(r"^\\boxed\{((?!.*\\boxed).*)\}[\s.]*$", r"\1", answer.strip())
     text, *options = [t.translate(CHARACTERS).strip().rstrip(" .") for t in [unboxed, *choices]]
@@ -233,28 +248,3 @@ def meaning(answer: str, choices):
         names |= dict(zip(map(str, range(26)), options))
     # Text goes before letter: choices may be the points B, A, C.
     return text if text in options else names.get(text.strip("()").upper(), text)
-
-@cache
-def start_judge(process: int, thread: int):
-    """Start a process that runs judge() for the thread that asks, and for no other."""
-    return Popen([sys.executable, __file__], stdin=PIPE, stdout=PIPE, stderr=DEVNULL, text=True,
-                 start_new_session=True)
-
-def judge():
-    """Write True or False for each label and answer that standard input has as a line of JSON."""
-    # Where every process of a job is told to end, train.py still finishes its step.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    from math_verify import parse, verify
-    # What sympy loads and prepares at first need takes longer than most pairs.
-    verify(parse("$x(x+1)$"), parse("$x^2+x$"))
-    for line in sys.stdin:
-        # A child judges each pair. After half a second of work the kernel ends it, even in a step
-        # in which Python handles no signals, as 9^{9^{9^9}} is to gmpy2. The pair is not equal.
-        if os.fork() == 0:
-            signal.setitimer(signal.ITIMER_PROF, 0.5)
-            gold, answer = [parse(f"${text}$", parsing_timeout=None) for text in json.loads(line)]
-            os._exit(not verify(gold, answer, timeout_seconds=None))
-        print(os.wait()[1] == 0, flush=True)
-
-if __name__ == "__main__":
-    judge()

@@ -43,7 +43,7 @@ import model
 import rewards
 import visurf
 from data import UserError, require
-from eval import (claimed, flag, gather, is_first, leave_if_asked, my_share, note_signals,
+from eval import (claim, flag, gather, is_first, leave_if_asked, my_share, note_signals,
                   on_first_rank, parse, run_program, start, write_text)
 
 @dataclass
@@ -61,7 +61,6 @@ class Settings:
     batch_size: int = flag(16, "prompts in a step", low=1, high=65536)
     micro_batch_size: int = flag(1, "prompts, with their groups, in one forward pass", low=1)
     num_generations: int = flag(8, "rollouts of each prompt (G)", low=1, high=1024)
-    max_prompt_length: int = flag(4096, "longest prompt in tokens; none is ever cut", low=1)
     max_completion_length: int = flag(512, "longest rollout in tokens; costs memory by its square",
                                       low=1, high=8192)
     temperature: float = flag(1.0, "of sampling and of log-probs", low=0.01)
@@ -95,14 +94,17 @@ class Run:
     votes: Counter = field(default_factory=Counter)      # label styles seen in rollouts so far
     step: int = 0                      # steps done
     not_finite: int = 0                # updates skipped in a row: loss or gradient not finite
-    useless: int = 0                   # rows in a row that could not be used
-    saved: list[Path] = field(default_factory=list)      # complete checkpoints, the oldest first
 
-# Settings that --resume cannot change, and what a checkpoint keeps beside the tensors.
+    def __post_init__(self):
+        """Give weights the state that AdamW makes in its first step: every checkpoint has it."""
+        for weight in self.network.parameters():
+            step = torch.zeros((), device=weight.device)
+            self.optimizer.state[weight] = {"step": step, "exp_avg": torch.zeros_like(weight),
+                                            "exp_avg_sq": torch.zeros_like(weight)}
+
+# Settings that --resume cannot change.
 FIXED = ("task", "method", "model", "seed", "batch_size")
-COUNTERS = ("step", "not_finite", "votes")
-STATE = "training_state"
-LOGS = ("metrics", "completions")
+STATE = "training_state"               # of a checkpoint: a folder of tensors, and a JSON file
 # A run of one process saves without the others.
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
@@ -112,7 +114,7 @@ def main(argv=None):
 
 
 # ---- A run -------------------------------------------------------------------------------------
-def train(settings: Settings):
+def train(settings):
     """Check what the user gave, load the network and train it."""
     require(settings.method != "rlvr" or settings.num_generations > 1,
             "--num_generations 1 leaves rlvr nothing to compare: use 2 or more")
@@ -121,35 +123,34 @@ def train(settings: Settings):
     samples = data.load_samples(settings.data, task, "train",
                                 skip_bad_rows=settings.skip_bad_rows)
     directory = Path(settings.output_dir or f"runs/{settings.task}-{settings.method}")
-    with claimed(directory, settings.resume):
-        config = asdict(settings) | {"data_sha256": data.fingerprint(samples)}
-        on_first_rank(compare_with_before, directory, config)
-        # When a run is resumed, the checkpoint that it began with may be gone.
-        saved = on_first_rank(own_checkpoints, directory)
-        source = saved[-1] if saved else data.fetch(settings.model)
-        model.check_checkpoint(source)
-        # Without labels in the group, one that no rollout can be as long as has no use.
-        longest_label = settings.max_completion_length if settings.method == "rlvr" else math.inf
-        processor = data.Processor(source, task, settings.image_size, settings.max_prompt_length,
-                                   longest_label)
-        filler = Group(processor.blank, ids=[processor.token_ids("[]")], advantages=torch.zeros(1))
-        network, sampler = load_network(settings, source, device)
-        optimizer = torch.optim.AdamW(network.parameters(), settings.learning_rate, fused=True)
-        run = Run(settings, directory, model.read_files(source), processor, samples, filler,
-                  device, network, sampler, optimizer)
-        with gathered(run) as whole:
-            model.check_finite(whole, filler.example, settings.model)
-        on_first_rank(write_text, directory / "config.json", json.dumps(config, indent=2))
-        resume(run)
-        if is_first():
-            parts = " + ".join(processor.score("", filler.example))
-            print(f"{settings.method} on {settings.task}, {dist.get_world_size()} x {device.type}, "
-                  f"{len(samples)} samples")
-            print("A policy loss near 0 is normal: advantages have mean 0. Watch the rewards: "
-                  f"{parts}.")
-        loop(run)
+    on_first_rank(claim, directory, settings.resume)
+    config = asdict(settings) | {"data_sha256": data.fingerprint(samples)}
+    on_first_rank(compare_with_before, directory, config)
+    # When a run is resumed, the checkpoint that it began with may be gone.
+    saved = on_first_rank(own_checkpoints, directory)
+    source = saved[-1] if saved else data.fetch(settings.model)
+    model.check_checkpoint(source)
+    # Without labels in the group, one that no rollout can be as long as has no use.
+    longest_label = settings.max_completion_length if settings.method == "rlvr" else math.inf
+    processor = data.Processor(source, task, settings.image_size, longest_label)
+    filler = Group(processor.blank, ids=[processor.token_ids("[]")], advantages=torch.zeros(1))
+    network, sampler = load_network(settings, source, device)
+    optimizer = torch.optim.AdamW(network.parameters(), settings.learning_rate, fused=True)
+    run = Run(settings, directory, model.read_files(source), processor, samples, filler,
+              device, network, sampler, optimizer)
+    with gathered(run) as whole:
+        model.check_finite(whole, filler.example, settings.model)
+    on_first_rank(write_text, directory / "config.json", json.dumps(config, indent=2))
+    resume(run)
+    if is_first():
+        parts = " + ".join(processor.score("", filler.example))
+        print(f"{settings.method} on {settings.task}, {dist.get_world_size()} x {device.type}, "
+              f"{len(samples)} samples")
+        print("A policy loss near 0 is normal: advantages have mean 0. Watch the rewards: "
+              f"{parts}.")
+    loop(run)
 
-def loop(run: Run):
+def loop(run):
     """Train step by step; save now and then, and if a signal or a user's mistake ends the run."""
     note_signals()
     settings = run.settings
@@ -160,7 +161,6 @@ def loop(run: Run):
             values, records = train_step(run)
             on_first_rank(log_step, run, values, records)
             require(run.not_finite < 10, "10 updates in a row not finite: lower --learning_rate")
-            require(run.useless < len(run.samples), "no row of --data can be used")
             if run.step % settings.save_steps == 0:
                 save(run)
     except (SystemExit, UserError, model.CheckpointError, OSError):
@@ -170,7 +170,7 @@ def loop(run: Run):
     if is_first():
         print(f"next: eval.py --task {settings.task} --model {run.directory}/checkpoint-{run.step}")
 
-def vote_before_sft(run: Run):
+def vote_before_sft(run):
     """Without rollouts, the network's own answers to 32 questions decide the label's style."""
     groups, _ = encode_share(run, range(min(32, len(run.samples))))
     sample(run, groups, 1, temperature=0)
@@ -190,13 +190,13 @@ class Group:
     truncated: int = 0                                   # rollouts that reached the length limit
     advantages: torch.Tensor | None = None               # (N,) float64
 
-    def record(self) -> dict:
+    def record(self):
         """The part that is logged."""
         return {"question": self.example.sample.question, "texts": self.texts,
                 "lengths": [*map(len, self.ids)], "truncated": self.truncated,
                 "rewards": self.rewards, "advantages": self.advantages.tolist()}
 
-def train_step(run: Run) -> tuple[dict, list[dict]]:
+def train_step(run):
     """The method on the next batch: metrics, and a record of each group of all ranks."""
     settings = run.settings
     leave_if_asked("train.py", "--resume continues")
@@ -220,14 +220,13 @@ def train_step(run: Run) -> tuple[dict, list[dict]]:
     run.step += 1
     values["skipped_rows"] = bad_rows
     records = gather([group.record() for group in groups])
-    run.useless = 0 if records else run.useless + bad_rows
-    if settings.method != "sft" and records:
+    if settings.method != "sft":
         values |= summarize(records, settings)
     values["rollout_seconds"] = sampled - began
     values["update_seconds"] = time.perf_counter() - sampled
     return values, records
 
-def encode_share(run: Run, indices: range) -> tuple[list[Group], int]:
+def encode_share(run, indices):
     """This rank's share of the prompts at `indices`, as groups; and how many rows were bad."""
     groups = []
     bad_rows = []
@@ -243,9 +242,10 @@ def encode_share(run: Run, indices: range) -> tuple[list[Group], int]:
     bad_rows = gather(bad_rows)
     for problem in bad_rows:
         require(run.settings.skip_bad_rows, f"{problem}; see --skip_bad_rows")
+    require(len(bad_rows) < len(indices), "no row of this batch can be used: check --data")
     return groups, len(bad_rows)
 
-def sample(run: Run, groups: list[Group], num_generations: int, temperature: float):
+def sample(run, groups, num_generations, temperature):
     """Add completions from the current policy to each group."""
     prompts = [group.example for group in groups]
     seeds = [group.seed for group in groups]
@@ -259,7 +259,7 @@ def sample(run: Run, groups: list[Group], num_generations: int, temperature: flo
             group.texts.append(run.processor.decode(completion.ids, completion.finished))
             group.truncated += not completion.finished
 
-def vote_for_style(run: Run, groups: list[Group]):
+def vote_for_style(run, groups):
     """Control 1: count the styles of all ranks' well-formed answers."""
     styles = []
     for group in groups:
@@ -270,7 +270,7 @@ def vote_for_style(run: Run, groups: list[Group]):
     # Answers that several styles would write alike, such as [], say nothing.
     del run.votes[None]
 
-def append_label(run: Run, group: Group):
+def append_label(run, group):
     """Add the label to its group, in the rollouts' style."""
     style = "spaced"
     if run.settings.align_label:
@@ -279,7 +279,7 @@ def append_label(run: Run, group: Group):
     group.texts.append(text)
     group.ids.append(run.processor.token_ids(text + data.END))
 
-def compute_advantages(settings: Settings, group: Group) -> torch.Tensor:
+def compute_advantages(settings, group):
     """Advantages (N,) of one group, in float64; in SFT the label weighs 1."""
     if settings.method == "sft":
         return torch.ones(1, dtype=torch.float64)
@@ -290,7 +290,7 @@ def compute_advantages(settings: Settings, group: Group) -> torch.Tensor:
     return visurf.visurf_advantages(rollouts, group.rewards[-1], settings.drop_thinking_reward,
                                     settings.smooth_label_reward)
 
-def update(run: Run, groups: list[Group]) -> dict:
+def update(run, groups):
     """One optimizer step on the groups of all ranks; the loss is a mean over all their tokens."""
     micro_batches, total = plan(run, groups)
     loss_sum = 0.0
@@ -312,7 +312,7 @@ def update(run: Run, groups: list[Group]) -> dict:
     run.optimizer.zero_grad()
     return {"loss": mean_loss, "grad_norm": norm, "not_finite": run.not_finite}
 
-def plan(run: Run, groups: list[Group]) -> tuple[list[list[Group]], float]:
+def plan(run, groups):
     """This rank's micro-batches, as many as any other's, and the tokens to divide losses by."""
     # A group whose advantages are all 0 has no gradient, but its tokens count in the mean.
     useful = [group for group in groups if group.advantages.any()]
@@ -329,7 +329,7 @@ def plan(run: Run, groups: list[Group]) -> tuple[list[list[Group]], float]:
     # FSDP averages gradients over ranks, so each rank divides by its fair share of all tokens.
     return micro_batches, of_all_ranks[:, 1].mean()
 
-def loss_of(run: Run, micro_batch: list[Group], total: float) -> torch.Tensor:
+def loss_of(run, micro_batch, total):
     """The loss of some groups, of b prompts: a sum over their tokens, divided by `total`."""
     examples = [group.example for group in micro_batch]
     prompts = model.PromptBatch.from_prompts(examples, run.network.config, run.device)
@@ -345,7 +345,7 @@ def loss_of(run: Run, micro_batch: list[Group], total: float) -> torch.Tensor:
 
 
 # ---- The network, sharded ----------------------------------------------------------------------
-def load_network(settings: Settings, source, device) -> tuple:
+def load_network(settings, source, device):
     """The network, each of W ranks holding 1/W of it in float32; and its sampler: see gathered."""
     network = model.load_pretrained(source, dtype="auto")
     # The sampler has the same modules and buffers, but its weights are empty.
@@ -382,7 +382,7 @@ def load_network(settings: Settings, source, device) -> tuple:
         network.train()
     return network, sampler
 
-def check_memory(settings: Settings, network, device):
+def check_memory(settings, network, device):
     """UserError if weights and optimizer alone do not fit on the GPU."""
     # While sampling, the whole network in bfloat16; always, a share of the 16 bytes that a weight
     # takes with its gradient and AdamW's moments in float32.
@@ -393,7 +393,7 @@ def check_memory(settings: Settings, network, device):
             f"{available / 1e9:.0f} GB before any activation: use more GPUs or --cpu_offload")
 
 @contextmanager
-def gathered(run: Run):
+def gathered(run):
     """The whole network on every rank, for sampling: a plain copy that borrows its weights.
 
     They have the type of computing, bfloat16 on GPUs, and are void when the context ends.
@@ -414,12 +414,12 @@ def gathered(run: Run):
 
 
 # ---- Checkpoints -------------------------------------------------------------------------------
-def save(run: Run):
+def save(run):
     """Write checkpoint-STEP unless it is there, then delete the oldest beyond --keep."""
     final = run.directory / f"checkpoint-{run.step}"
     # Under this name until it is complete on disk, so no half-written one is ever found.
     unfinished = run.directory / "unfinished"
-    if run.step == 0 or final in run.saved:
+    if run.step == 0 or on_first_rank(final.exists):
         return
     try:
         write_checkpoint(run, unfinished)
@@ -427,45 +427,30 @@ def save(run: Run):
     except (OSError, dcp.CheckpointException, model.CheckpointError) as error:
         on_first_rank(shutil.rmtree, unfinished, True)
         reason = str(error).strip().rpartition("\n")[2]
-        raise UserError(f"{final}: not written ({reason:.300}); --resume continues from "
-                        f"{run.saved[-1] if run.saved else 'the start'}") from None
-    run.saved.append(final)
-    for old in run.saved[: -run.settings.keep]:
+        raise UserError(f"{final}: not written ({reason:.300}); --resume goes on from the one "
+                        "before it or, if there is none, from the start") from None
+    for old in on_first_rank(own_checkpoints, run.directory)[: -run.settings.keep]:
         # Renamed first: a half-deleted one must not look complete.
         on_first_rank(os.rename, old, unfinished)
         on_first_rank(shutil.rmtree, unfinished)
-    del run.saved[: -run.settings.keep]
 
-def write_checkpoint(run: Run, directory: Path):
+def write_checkpoint(run, directory):
     """Write a Hugging Face checkpoint and the training state, to the disk and not to a cache."""
     with gathered(run) as network:
         model.check_finite(network, run.filler.example, f"step {run.step}, lower --learning_rate")
         on_first_rank(shutil.rmtree, directory, True)
         on_first_rank(model.save_pretrained, network, directory, run.source)
-    make_moments(run)
     writer = dcp.HuggingFaceStorageWriter(str(directory / STATE), save_distributed=True)
     dcp.save(tensors(run), storage_writer=writer, no_dist=dist.get_world_size() == 1)
-    state = {"digests": compute_digests(directory), "log_sizes": {}}
-    for name in COUNTERS:
-        state[name] = getattr(run, name)
-    for name in LOGS:
-        path = run.directory / f"{name}.jsonl"
-        if path.exists():
-            state["log_sizes"][name] = path.stat().st_size
+    state = {"step": run.step, "not_finite": run.not_finite, "votes": run.votes, "log_sizes": {},
+             "digests": compute_digests(directory)}
+    for log in run.directory.glob("*.jsonl"):
+        state["log_sizes"][log.name] = log.stat().st_size
     on_first_rank(write_text, directory / f"{STATE}.json", json.dumps(state, indent=1))
     # The final name must not reach the disk before the contents.
     os.sync()
 
-def make_moments(run: Run):
-    """Give each weight the state that AdamW makes in its first step, where there is none yet."""
-    for parameter in run.network.parameters():
-        state = run.optimizer.state[parameter]
-        if not state:
-            state["step"] = torch.zeros((), device=parameter.device)
-            state["exp_avg"] = torch.zeros_like(parameter, requires_grad=False)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, requires_grad=False)
-
-def tensors(run: Run) -> dict[str, torch.Tensor]:
+def tensors(run):
     """Training state by name: weights, and AdamW's moments and step counts."""
     found = {}
     for name, parameter in run.network.named_parameters():
@@ -474,7 +459,7 @@ def tensors(run: Run) -> dict[str, torch.Tensor]:
             found[f"{key}/{name}"] = value
     return found
 
-def compute_digests(directory: Path) -> dict[str, str]:
+def compute_digests(directory):
     """SHA-256 of all tensor files by name; each rank reads its share of them."""
     digests = []
     for path in my_share(sorted(directory.rglob("*.safetensors"))):
@@ -482,7 +467,7 @@ def compute_digests(directory: Path) -> dict[str, str]:
             digests.append((path.name, hashlib.file_digest(file, "sha256").hexdigest()))
     return dict(gather(digests))
 
-def own_checkpoints(directory: Path) -> list[Path]:
+def own_checkpoints(directory):
     """The run's checkpoints, the oldest first; UserError if another thing has such a name."""
     steps = []
     for path in directory.glob("checkpoint-*"):
@@ -491,7 +476,7 @@ def own_checkpoints(directory: Path) -> list[Path]:
         steps.append(step)
     return [directory / f"checkpoint-{step}" for step in sorted(steps)]
 
-def compare_with_before(directory: Path, config: dict):
+def compare_with_before(directory, config):
     """UserError if this is another run than the one in the directory; print what changed."""
     if not (directory / "config.json").exists():
         return
@@ -505,30 +490,28 @@ def compare_with_before(directory: Path, config: dict):
         if config[name] != before.get(name) and name != "resume":
             print(f"--{name} {config[name]} from here on, before it was {before.get(name)}")
 
-def resume(run: Run):
+def resume(run):
     """Go on from the last checkpoint, if there is one, on as many ranks as there are now."""
     state = {"log_sizes": {}}
-    run.saved = on_first_rank(own_checkpoints, run.directory)
-    if run.saved:
-        last = run.saved[-1]
+    checkpoints = on_first_rank(own_checkpoints, run.directory)
+    if checkpoints:
+        last = checkpoints[-1]
         state = model.read_json(last / f"{STATE}.json")
         require(compute_digests(last) == state.get("digests"), f"{last}: a damaged or missing "
                 "tensor file; delete this checkpoint to go on from an older one, or anew")
-        for name in COUNTERS:
-            setattr(run, name, state[name])
-        run.votes = Counter(run.votes)
-        make_moments(run)
+        run.step = state["step"]
+        run.not_finite = state["not_finite"]
+        run.votes = Counter(state["votes"])
         reader = dcp.HuggingFaceStorageReader(str(last / STATE))
         dcp.load(tensors(run), storage_reader=reader, no_dist=dist.get_world_size() == 1)
     if is_first():
         # Drop what was logged after the checkpoint: those steps run again.
-        for name in LOGS:
-            with open(run.directory / f"{name}.jsonl", "a") as file:
-                file.truncate(state["log_sizes"].get(name, 0))
+        for log in run.directory.glob("*.jsonl"):
+            os.truncate(log, state["log_sizes"].get(log.name, 0))
 
 
 # ---- Logs --------------------------------------------------------------------------------------
-def summarize(records: list[dict], settings: Settings) -> dict:
+def summarize(records, settings):
     """Means over all rollouts of a step, and over its labels if they were injected."""
     G = settings.num_generations
     columns = defaultdict(list)
@@ -545,7 +528,7 @@ def summarize(records: list[dict], settings: Settings) -> dict:
             columns["label_advantage"].append(record["advantages"][-1])
     return {name: np.mean(values) for name, values in columns.items()}
 
-def log_step(run: Run, values: dict, records: list[dict]):
+def log_step(run, values, records):
     """A line on the console and a record in the logs; every tenth step whole groups too."""
     line = f"step {run.step:4d}/{run.settings.max_steps} | loss {values['loss']:.3g}"
     if "reward" in values:
@@ -560,13 +543,16 @@ def log_step(run: Run, values: dict, records: list[dict]):
             # JSON has no NaN.
             values[name] = None
     values["style"] = visurf.preferred_style(run.votes)
-    groups = records if run.step % 10 == 1 else []     # steps 1, 11, 21, ...
-    for group in groups[:1]:
-        print(f"    {group['texts'][0]!r} earns {group['rewards'][0]}")
-    for name, entries in zip(LOGS, ([values], groups)):
-        with open(run.directory / f"{name}.jsonl", "a") as file:
-            for entry in entries:
-                file.write(json.dumps({"step": run.step} | entry) + "\n")
+    append(run, "metrics.jsonl", [values])
+    if run.step % 10 == 1:                             # steps 1, 11, 21, ...
+        print(f"    {records[0]['texts'][0]!r} earns {records[0]['rewards'][0]}")
+        append(run, "completions.jsonl", records)
+
+def append(run, name, entries):
+    """Add entries to a log of JSON lines, with the step they are from."""
+    with open(run.directory / name, "a") as log:
+        for entry in entries:
+            log.write(json.dumps({"step": run.step} | entry) + "\n")
 
 if __name__ == "__main__":
     main()
