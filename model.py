@@ -21,7 +21,6 @@ Shapes
 """
 
 import json
-from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType
 from typing import NamedTuple
@@ -30,6 +29,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -211,8 +211,8 @@ class GroupAttention:
         """(B*N, 1, g*T, P+T), shared by all layers: 0 on what a token may see, and else -inf."""
         place = torch.arange(self.P + self.T, device=self.lengths.device)
         real = (place < self.lengths[:, None]) | (place >= self.P)  # (B, P+T)
-        seen = real[:, None].repeat(1, self.T, 1).tril(self.P)  # (B, T, P+T)
-        bias = torch.where(seen, 0.0, -torch.inf).to(dtype)
+        past = place <= place[self.P :, None]  # (T, P+T)
+        bias = torch.where(real[:, None] & past, 0.0, -torch.inf).to(dtype)  # (B, T, P+T)
         # On CUDA, rows must begin at multiples of 8 numbers.
         bias = F.pad(bias, (0, -len(place) % 8)).repeat(1, g, 1)
         return bias.repeat_interleave(self.N, dim=0)[:, None, :, : len(place)]
@@ -369,8 +369,8 @@ class Decoder:
         self.max_tokens = max_tokens
         self.captures = cuda_graph and device.type == "cuda"
         self.graph = None
-        self.prompts = {}  # of each layer: keys (B*K, E, P) and values (B*K, P, E)
-        self.rows = {}  # of each layer: keys and values (B*K*N, max_tokens, E)
+        self.prompts = {}  # of each layer: keys (K*B, E, P) and values (K*B, P, E)
+        self.rows = {}  # of each layer: keys and values (K*R, max_tokens, E)
         self.t = -1  # the slot that the current token fills
         self.window = 0  # how many slots attention reads
         # A graph reads these tensors: they are changed in place.
@@ -379,7 +379,7 @@ class Decoder:
         # To be added to scores: -inf on the padding of prompts and on slots that are still empty.
         place = torch.arange(self.P + max_tokens, device=device)
         mask = torch.where(place < self.batch.lengths[:, None], 0.0, -torch.inf)
-        self.mask = mask.repeat_interleave(self.K, dim=0)[:, None]  # (B*K, 1, P + max_tokens)
+        self.mask = mask.repeat(self.K, 1)[:, None]  # (K*B, 1, P + max_tokens)
         self.prompt_positions, next_position = network.positions(self.batch)
         self.position = next_position.repeat_interleave(N)  # (R,) of the token that goes in next
 
@@ -391,9 +391,11 @@ class Decoder:
         return hidden[last].repeat_interleave(self.N, dim=0)
 
     def store_prompts(self, layer, k, v):
-        """Keep a layer's prompt keys and values, (B, K, P, E) each."""
-        self.prompts[layer] = (k.mT.flatten(0, 1).contiguous(), v.flatten(0, 1).contiguous())
-        self.rows[layer] = k.new_zeros(2, self.B * self.K * self.N, self.max_tokens, k.shape[-1])
+        """Keep a layer's prompt keys and values, (B, K, P, E) each, and make room for the rows'."""
+        k = k.transpose(0, 1).flatten(0, 1)  # (K*B, P, E)
+        v = v.transpose(0, 1).flatten(0, 1)
+        self.prompts[layer] = (k.mT.contiguous(), v)
+        self.rows[layer] = k.new_zeros(2, len(k) * self.N, self.max_tokens, k.shape[-1])
 
     def step(self, tokens):
         """Tokens (R,) -> hidden states (R, D), valid until the next step."""
@@ -419,19 +421,14 @@ class Decoder:
         # Drop an old graph before another is captured: they share cuBLAS's workspace.
         self.graph = None
         hidden = self.decode()
-        self.graph = self.capture()
-        return hidden
-
-    def capture(self):
-        """`decode` as a graph on the tensors that are in use now; nothing is computed."""
-        graph = torch.cuda.CUDAGraph()
+        self.graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self.hidden = self.decode()
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.hidden = self.decode()  # recorded, not computed
         except RuntimeError as error:
             error.add_note("While capturing a CUDA graph; --no-cuda_graph goes on without.")
             raise
-        return graph
+        return hidden
 
     def decode(self):
         """One pass of the language model over the current token of every row."""
@@ -446,25 +443,26 @@ class Decoder:
 
     def attend(self, layer, q, k, v):
         """One token of each row: q (H, R, E), k and v (K, R, E) -> outputs (R, H, E)."""
-        B, N, K, P = self.B, self.N, self.K, self.P
-        g = q.shape[0] // K
-        E = q.shape[2]
+        K, R, E = k.shape
+        g = len(q) // K
         keys, values = self.rows[layer]
-        keys.index_copy_(1, self.slot, k.view(K, B, N, E).transpose(0, 1).reshape(-1, 1, E))
-        values.index_copy_(1, self.slot, v.view(K, B, N, E).transpose(0, 1).reshape(-1, 1, E))
-        prompt_k, prompt_v = self.prompts[layer]
+        keys.index_copy_(1, self.slot, k.reshape(K * R, 1, E))
+        values.index_copy_(1, self.slot, v.reshape(K * R, 1, E))
+        keys = keys[:, : self.window]
+        values = values[:, : self.window]
+        prompt_keys, prompt_values = self.prompts[layer]
 
-        # (K, g, B, N, E) -> (B, K, N, g, E): the queries of a prompt's rows stand together.
-        q = (q * E**-0.5).view(K, g, B, N, E).permute(2, 0, 3, 1, 4).reshape(B * K, N * g, E)
-        on_prompt = product(q, prompt_k)  # (B*K, N*g, P)
-        on_own = product(q.view(-1, g, E), keys[:, :self.window].mT)
-        on_own = on_own.view(B * K, N * g, self.window)
+        # The queries of a prompt's rows stand together, and read its keys in one product.
+        q = (q * E**-0.5).view(K, g, R, E).transpose(1, 2).reshape(K * R, g, E)
+        on_prompt = product(q.view(K * self.B, -1, E), prompt_keys)  # (K*B, N*g, P)
+        on_own = product(q, keys.mT).view(K * self.B, -1, self.window)
         scores = torch.cat([on_prompt, on_own], dim=-1)
-        weights = (scores + self.mask[..., : P + self.window]).softmax(dim=-1).to(q.dtype)
-        output = torch.bmm(weights[..., :P], prompt_v)  # (B*K, N*g, E)
-        own_weights = weights[..., P:].view(-1, g, self.window)
-        output = output.view(-1, g, E).baddbmm(own_weights, values[:, :self.window])
-        return output.view(B, K, N, g, E).transpose(1, 2).reshape(B * N, K * g, E)
+        mask = self.mask[..., : self.P + self.window]
+        weights = (scores + mask).softmax(dim=-1).to(q.dtype)
+        on_prompt, on_own = weights.split([self.P, self.window], dim=-1)
+        output = torch.bmm(on_prompt, prompt_values).view(K * R, g, E)
+        output = output.baddbmm(on_own.reshape(K * R, g, -1), values)
+        return output.view(K, R, g, E).transpose(0, 1).reshape(R, K * g, E)
 
 
 # ---- Files -------------------------------------------------------------------------------------
@@ -475,7 +473,7 @@ def load_pretrained(path, dtype=torch.float32, device="cpu"):
     """
     check_checkpoint(path)
     transformers.logging.disable_progress_bar()
-    with named_errors(path):
+    try:
         vlm, report = transformers.AutoModelForImageTextToText.from_pretrained(
             path, dtype=dtype, attn_implementation=ATTENTION, use_safetensors=True,
             output_loading_info=True, **LOCAL)
@@ -484,25 +482,26 @@ def load_pretrained(path, dtype=torch.float32, device="cpu"):
                 raise ValueError(f"{kind} in its safetensors files: {sorted(report[kind])[0]}")
         network = GroupPolicy(vlm.to(device)).eval()
         find_special_tokens(network, Path(path))
+    except Exception as error:  # foreign files make their readers raise nearly anything
+        raise CheckpointError(f"{path}: {error!s:.300}") from None
     return network
 
 def check_checkpoint(path):
     """CheckpointError, which says what the directory is instead, if it is no Qwen-VL checkpoint."""
     path = Path(path)
-    problem = ""
+    config = {}
     if (path / "adapter_config.json").exists():
         problem = "LoRA adapters alone: merge them into their base, and give that"
     elif list(path.glob("model_world_size_*")):
         problem = "verl's shards: make a checkpoint of them with verl.model_merger"
     else:
         config = read_json(path / "config.json")
-        if config.get("model_type") not in MODEL_TYPES:
-            problem = f"model_type {config.get('model_type')!r} is none of {', '.join(MODEL_TYPES)}"
-        elif "quantization_config" in config:
-            problem = ("quantised weights (AWQ, GPTQ) cannot be trained: give those that they were "
-                       "made from")
-    if problem:
-        raise CheckpointError(f"{path}: {problem}")
+        problem = f"model_type {config.get('model_type')!r} is none of {', '.join(MODEL_TYPES)}"
+    if "quantization_config" in config:
+        problem = "quantised weights (AWQ, GPTQ): give those that they were made from"
+    elif config.get("model_type") in MODEL_TYPES:
+        return
+    raise CheckpointError(f"{path}: {problem}")
 
 def find_special_tokens(network, path):
     """Read which tokens end a completion, and which can never be in one."""
@@ -542,16 +541,6 @@ def patch_product(module, pixels):
     weight = module.proj.weight.flatten(1)  # (width, channels * time * height * width)
     return F.linear(pixels.to(weight.dtype), weight, module.proj.bias)
 
-@contextmanager
-def named_errors(path):
-    """Turn any error inside into a one-line CheckpointError that names `path`."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise CheckpointError(f"{path}: {' '.join(str(error).split())[:300]}") from None
-
 def read_files(path):
     """What a checkpoint has beside weights: configs, tokenizer, template, licence; never code."""
     files = {}
@@ -566,18 +555,20 @@ def save_pretrained(network, directory, source, dtype=torch.bfloat16):
     """Write a Hugging Face checkpoint; its other files are those of `source`, a path or a dict."""
     directory = Path(directory)
     files = source if isinstance(source, dict) else read_files(source)
-    state = {name: parameter.detach().to("cpu", dtype, copy=True)
-             for name, parameter in network.vlm.named_parameters()}
-    with named_errors(directory):
+    state = {name: weight.detach().to("cpu", dtype, copy=True)
+             for name, weight in network.vlm.named_parameters()}
+    try:
         network.vlm.save_pretrained(directory, state_dict=state)
-        for name, content in files.items():
-            (directory / name).write_bytes(content)
-        # The source's own config.json but for the dtype, so transformers 4 can read it, too.
-        config = json.loads(files["config.json"])
-        for part in (config, config.get("text_config", {}), config.get("vision_config", {})):
-            for key in {"dtype", "torch_dtype"} & set(part):
-                part[key] = str(dtype).removeprefix("torch.")
-        (directory / "config.json").write_text(json.dumps(config, indent=2))
+    except SafetensorError as error:
+        raise OSError(f"{directory}: {error}") from None
+    for name, content in files.items():
+        (directory / name).write_bytes(content)
+    # The source's own config.json but for the dtype, so transformers 4 can read it, too.
+    config = json.loads(files["config.json"])
+    for part in (config, config.get("text_config", {}), config.get("vision_config", {})):
+        for key in {"dtype", "torch_dtype"} & set(part):
+            part[key] = str(dtype).removeprefix("torch.")
+    (directory / "config.json").write_text(json.dumps(config, indent=2))
 
 def check_finite(network, prompt, where):
     """CheckpointError unless the first token after a prompt has a finite log-prob."""

@@ -102,8 +102,8 @@ class Run:
             self.optimizer.state[weight] = {"step": step, "exp_avg": torch.zeros_like(weight),
                                             "exp_avg_sq": torch.zeros_like(weight)}
 
-# Settings that --resume cannot change.
-FIXED = ("task", "method", "model", "seed", "batch_size")
+# What --resume cannot change.
+FIXED = ("task", "method", "model", "seed", "batch_size", "data_sha256")
 STATE = "training_state"               # of a checkpoint: a folder of tensors, and a JSON file
 # A run of one process saves without the others.
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
@@ -120,8 +120,7 @@ def train(settings):
             "--num_generations 1 leaves rlvr nothing to compare: use 2 or more")
     device = start(settings.timeout)
     task = data.TASKS[settings.task]
-    samples = data.load_samples(settings.data, task, "train",
-                                skip_bad_rows=settings.skip_bad_rows)
+    samples = data.load_samples(settings.data, task, skip_bad_rows=settings.skip_bad_rows)
     directory = Path(settings.output_dir or f"runs/{settings.task}-{settings.method}")
     on_first_rank(claim, directory, settings.resume)
     config = asdict(settings) | {"data_sha256": data.fingerprint(samples)}
@@ -143,11 +142,9 @@ def train(settings):
     on_first_rank(write_text, directory / "config.json", json.dumps(config, indent=2))
     resume(run)
     if is_first():
-        parts = " + ".join(processor.score("", filler.example))
-        print(f"{settings.method} on {settings.task}, {dist.get_world_size()} x {device.type}, "
-              f"{len(samples)} samples")
-        print("A policy loss near 0 is normal: advantages have mean 0. Watch the rewards: "
-              f"{parts}.")
+        print(f"{settings.method} on {len(samples)} samples, {dist.get_world_size()} x {device}")
+        print("A policy loss near 0 is normal: advantages have mean 0. Watch the rewards:",
+              *processor.score("", filler.example))
     loop(run)
 
 def loop(run):
@@ -477,18 +474,13 @@ def own_checkpoints(directory):
     return [directory / f"checkpoint-{step}" for step in sorted(steps)]
 
 def compare_with_before(directory, config):
-    """UserError if this is another run than the one in the directory; print what changed."""
+    """UserError if the directory holds another run than that of this config."""
     if not (directory / "config.json").exists():
         return
     before = model.read_json(directory / "config.json")
-    require(before.get("data_sha256") == config["data_sha256"],
-            f"{directory} holds a run on other rows than those of --data {config['data']}")
     for name in FIXED:
-        require(before.get(name) == config[name], f"{directory} holds a run with --{name} "
-                f"{before.get(name)!r}, not {config[name]!r}: --resume cannot change it")
-    for name in config:
-        if config[name] != before.get(name) and name != "resume":
-            print(f"--{name} {config[name]} from here on, before it was {before.get(name)}")
+        require(before.get(name) == config[name], f"{directory} holds a run with another {name}: "
+                f"{before.get(name)!r}, not {config[name]!r}; --resume cannot change it")
 
 def resume(run):
     """Go on from the last checkpoint, if there is one, on as many ranks as there are now."""
