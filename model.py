@@ -432,14 +432,10 @@ class Decoder:
 
     def decode(self):
         """One pass of the language model over the current token of every row."""
-        # Layer by layer: language_model.forward would spend a twentieth of a small network's step
-        # on masks and caches that are not used here.
         text = self.network.vlm.model.language_model
-        x = text.embed_tokens(self.tokens[None])  # (1, R, D)
-        rotary = text.rotary_emb(x, self.position.expand(3, 1, -1))
-        for layer in text.layers:
-            x = layer(x, position_embeddings=rotary, attend=self.attend)
-        return text.norm(x)[0]
+        output = text(self.tokens[None], position_ids=self.position.expand(3, 1, -1),
+                      use_cache=False, attend=self.attend)
+        return output.last_hidden_state[0]
 
     def attend(self, layer, q, k, v):
         """One token of each row: q (H, R, E), k and v (K, R, E) -> outputs (R, H, E)."""
@@ -505,7 +501,9 @@ def check_checkpoint(path):
 
 def find_special_tokens(network, path):
     """Read which tokens end a completion, and which can never be in one."""
-    stop = network.vlm.generation_config.eos_token_id or []
+    stop = []
+    if (path / "generation_config.json").exists():
+        stop = read_json(path / "generation_config.json").get("eos_token_id") or []
     network.stop_tokens = stop if isinstance(stop, list) else [stop]
     for name in ("image", "video", "vision_start", "vision_end", "vision"):
         token = getattr(network.config, f"{name}_token_id", None)

@@ -60,7 +60,7 @@ class Settings:
     max_steps: int = flag(500, "batches of prompts to train on", low=1)
     batch_size: int = flag(16, "prompts in a step", low=1, high=65536)
     micro_batch_size: int = flag(1, "prompts, with their groups, in one forward pass", low=1)
-    num_generations: int = flag(8, "rollouts of each prompt (G)", low=1, high=1024)
+    num_generations: int = flag(8, "rollouts of each prompt (G)", low=2, high=1024)
     max_completion_length: int = flag(512, "longest rollout in tokens; costs memory by its square",
                                       low=1, high=8192)
     temperature: float = flag(1.0, "of sampling and of log-probs", low=0.01)
@@ -94,6 +94,7 @@ class Run:
     votes: Counter = field(default_factory=Counter)      # label styles seen in rollouts so far
     step: int = 0                      # steps done
     not_finite: int = 0                # updates skipped in a row: loss or gradient not finite
+    useless: int = 0                   # rows in a row that could not be used
 
     def __post_init__(self):
         """Give weights the state that AdamW makes in its first step: every checkpoint has it."""
@@ -116,8 +117,6 @@ def main(argv=None):
 # ---- A run -------------------------------------------------------------------------------------
 def train(settings):
     """Check what the user gave, load the network and train it."""
-    require(settings.method != "rlvr" or settings.num_generations > 1,
-            "--num_generations 1 leaves rlvr nothing to compare: use 2 or more")
     device = start(settings.timeout)
     task = data.TASKS[settings.task]
     samples = data.load_samples(settings.data, task, skip_bad_rows=settings.skip_bad_rows)
@@ -158,6 +157,7 @@ def loop(run):
             values, records = train_step(run)
             on_first_rank(log_step, run, values, records)
             require(run.not_finite < 10, "10 updates in a row not finite: lower --learning_rate")
+            require(run.useless < len(run.samples), "no row of --data can be used")
             if run.step % settings.save_steps == 0:
                 save(run)
     except (SystemExit, UserError, model.CheckpointError, OSError):
@@ -217,7 +217,8 @@ def train_step(run):
     run.step += 1
     values["skipped_rows"] = bad_rows
     records = gather([group.record() for group in groups])
-    if settings.method != "sft":
+    run.useless = 0 if records else run.useless + bad_rows
+    if settings.method != "sft" and records:
         values |= summarize(records, settings)
     values["rollout_seconds"] = sampled - began
     values["update_seconds"] = time.perf_counter() - sampled
@@ -239,7 +240,6 @@ def encode_share(run, indices):
     bad_rows = gather(bad_rows)
     for problem in bad_rows:
         require(run.settings.skip_bad_rows, f"{problem}; see --skip_bad_rows")
-    require(len(bad_rows) < len(indices), "no row of this batch can be used: check --data")
     return groups, len(bad_rows)
 
 def sample(run, groups, num_generations, temperature):
@@ -537,7 +537,8 @@ def log_step(run, values, records):
     values["style"] = visurf.preferred_style(run.votes)
     append(run, "metrics.jsonl", [values])
     if run.step % 10 == 1:                             # steps 1, 11, 21, ...
-        print(f"    {records[0]['texts'][0]!r} earns {records[0]['rewards'][0]}")
+        for record in records[:1]:
+            print(f"    {record['texts'][0]!r} earns {record['rewards'][0]}")
         append(run, "completions.jsonl", records)
 
 def append(run, name, entries):
