@@ -85,7 +85,7 @@ TASKS = {task.name: task for task in (
     Task("counting", FIND + "Where there is too much to list, write just their number. ", "count",
          data="Ricky06662/VisionReasoner_multi_object_7k_840",
          eval_data="Ricky06662/counting_pixmo_test",
-         columns=("solution", "bbox", "answer", "count"), metrics=("count_acc", "MAE", "RMSE")),
+         columns=("solution", "bbox", "answer", "count"), metrics=("count_acc", "MAE")),
     # Images keep their shape: a squashed drawing has other angles.
     Task("math", "{question}\nLook at the image, and find the answer. ", "math",
          data="hiyouga/geometry3k", eval_data="hiyouga/geometry3k", keep_shape=True,
