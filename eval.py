@@ -4,8 +4,7 @@
     python eval.py --task grounding --model Qwen/Qwen2.5-VL-7B-Instruct --data my.jsonl
     torchrun --nproc_per_node 8 eval.py --task grounding        # each GPU answers its share
 
-samples -> `evaluate` -> results, a dict each, in pixels of the ORIGINAL image -> `metrics`.
-"""
+samples -> `evaluate` -> results, a dict each, in pixels of the ORIGINAL image -> `metrics`."""
 
 import argparse
 import json
@@ -54,12 +53,12 @@ class Settings:
     data: str = flag("", "evaluation data: file, folder or hub id")
     split: str = flag("test", "of the data", choices=("train", "validation", "test"))
     limit: int = flag(0, "only the first so many samples, 0: all")
-    eval_batch_size: int = flag(32, "prompts answered at a time", low=1, high=4096)
-    max_completion_length: int = flag(512, "longest answer in tokens", low=1, high=8192)
-    image_size: int = flag(0, "side of images in pixels", low=1, high=8192)
+    eval_batch_size: int = flag(32, "prompts answered at a time", 1, 4096)
+    max_completion_length: int = flag(512, "longest answer in tokens", 1, 8192)
+    image_size: int = flag(0, "side of images in pixels", 1, 8192)
     skip_bad_rows: bool = flag(False, "leave out rows that cannot be used, and count them")
     cuda_graph: bool = flag(True, "on a GPU, capture the decoding step: faster")
-    timeout: float = flag(30.0, "minutes to wait for a silent rank", low=0.01, high=1e4)
+    timeout: float = flag(30.0, "minutes to wait for a silent rank", 0.01, 1e4)
     output_dir: str = flag("", "of answers.json, by default runs/eval-TASK-MODEL")
 
 def main(argv=None):
@@ -91,9 +90,7 @@ def run(settings):
         require(settings.skip_bad_rows, f"{problem}; others are answered; see --skip_bad_rows")
 
 def evaluate(network, processor, samples, max_new_tokens=512, batch_size=32, cuda_graph=True):
-    """All ranks' results in samples' order, and a line on each sample that cannot be used.
-
-    A signal to stop ends it early. Raises CheckpointError if a log-prob is not finite."""
+    """All ranks' results in samples' order, and a line on each sample that cannot be used."""
     results = []
     bad_rows = []
     shared = my_share(samples)
@@ -112,18 +109,16 @@ def evaluate(network, processor, samples, max_new_tokens=512, batch_size=32, cud
                                      cuda_graph=cuda_graph)
         for example, [completion] in zip(examples, completions):
             results.append(make_result(processor, example, completion))
-    results = gather(results)
     if not all(np.isfinite(result["logprob"]) for result in results):
         raise model.CheckpointError("log-probs are not finite: the weights of --model are damaged")
-    return results, gather(bad_rows)
+    return gather(results), gather(bad_rows)
 
 def make_result(processor, example, completion):
     """One answer, ready for JSON; only its reward is computed in the model's frame."""
     sample = example.sample
     text = processor.decode(completion.ids, completion.finished)
     predicted = rewards.read_answer(text, processor.task.kind)
-    if predicted is not None:
-        predicted = data.move_objects(predicted, example.frame, sample.size)
+    predicted = data.move_objects(predicted, example.frame, sample.size)
     return {
         "id": sample.id, "where": sample.where, "question": sample.question,
         "completion": text, "prediction": predicted,
@@ -132,7 +127,6 @@ def make_result(processor, example, completion):
         "logprob": completion.logprobs.sum().item(), "truncated": not completion.finished,
         "thinking": rewards.has_thinking(text), "reward": processor.score(text, example),
     }
-
 
 # ---- Metrics -----------------------------------------------------------------------------------
 def metrics(results, task):
@@ -156,8 +150,7 @@ def measure(result, kind="objects"):
     predicted = result["prediction"]
     # In mathematics, the reward's accuracy is the metric, too.
     scores = result["reward"] | {"reward": sum(result["reward"].values())}
-    for name in ("thinking", "truncated", "length"):
-        scores[name] = result[name]
+    scores |= {name: result[name] for name in ("thinking", "truncated", "length")}
     scores["well_formed"] = predicted is not None
     if kind == "count":
         error = rewards.count(predicted or []) - rewards.count(result["label"])
@@ -184,7 +177,7 @@ def measure_objects(predicted, label, size):
     # For anomalies, anything that is listed says that there is a defect.
     scores["detected"] = scores["anomaly_acc"] = bool(predicted)
     # accuracy, the authors': a box, or the box around all boxes, matches that around the label's.
-    overlaps = rewards.iou([*boxes, *box_around(boxes)], box_around(true_boxes))
+    overlaps = rewards.iou([*boxes, box_around(boxes)], box_around(true_boxes))
     scores["accuracy"] = (overlaps > 0.5).any()
     # one_to_one, ours: an object too many costs as much as one too few.
     pairs = rewards.match(rewards.iou(boxes, true_boxes) > 0.5)
@@ -203,10 +196,9 @@ def numbers_of(answer, name, size):
     return np.array(numbers, float).reshape(-1, size)
 
 def box_around(boxes):
-    """The smallest box (1, 4) that holds all boxes (n, 4); (0, 4) if n is 0."""
-    if len(boxes) == 0:
-        return boxes
-    return np.concatenate([boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)])[None]
+    """The smallest box (4,) that holds all boxes (n, 4); around none, one that overlaps nothing."""
+    low, high = np.split(boxes, 2, axis=1)
+    return np.append(low.min(0, initial=np.inf), high.max(0, initial=-np.inf))
 
 def paint(boxes, size):
     """One mask (height, width), True inside any of boxes (n, 4)."""
@@ -218,7 +210,6 @@ def paint(boxes, size):
 def format_table(values):
     """Metrics as text, one a line; nan, if no sample has it."""
     return "\n".join(f"{name:12}{np.float64(value):10.6g}" for name, value in values.items())
-
 
 # ---- Flags and files ---------------------------------------------------------------------------
 class Parser(argparse.ArgumentParser):
@@ -251,8 +242,6 @@ def claim(directory, resume=False):
         flock(lock, LOCK_EX | LOCK_NB)
     except BlockingIOError:
         raise UserError(f"{directory}: another run is at work there") from None
-    # A full disk shows here, before any work.
-    print("process", os.getpid(), file=lock, flush=True)
     others = set(os.listdir(directory)) - {".lock"}
     require(not others or resume and "config.json" in others, f"{directory} is not empty: "
             "give another --output_dir, or --resume if a run of train.py was in it")
@@ -263,7 +252,6 @@ def write_text(path, text):
     unfinished = path.with_name(f"{path.name}.unfinished")
     unfinished.write_text(text)
     os.replace(unfinished, path)
-
 
 # ---- One process or many -----------------------------------------------------------------------
 received_signals = []
@@ -294,9 +282,8 @@ def run_program(program, function, *args):
         sys.exit(1)
     finally:
         held_locks.clear()
-        if world()[1] > 1:
-            # Python 3.11 crashes at exit if a thread of gloo is waiting for its lock.
-            time.sleep(0.1)
+        # Python 3.11 crashes at exit if a thread of gloo is waiting for its lock.
+        time.sleep(0.1)
 
 def complain(program, error):
     """Print one line; raw control characters in it could take over the terminal."""
@@ -315,8 +302,7 @@ def leave_if_asked(program, message):
     """End all ranks if a signal came to any of them, with the exit code 128 + its number."""
     numbers = gather(received_signals[:1])
     if numbers:
-        name = signal.Signals(numbers[0]).name
-        on_first_rank(complain, program, f"stopped by {name}; {message}")
+        on_first_rank(complain, program, f"stopped by {signal.Signals(numbers[0]).name}; {message}")
         sys.exit(128 + numbers[0])
 
 def start(timeout_minutes=30):
@@ -324,8 +310,7 @@ def start(timeout_minutes=30):
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        count = torch.cuda.device_count()
-        require(device.index < count, f"there are only {count} GPUs: --nproc_per_node {count}")
+        require(device.index < torch.cuda.device_count(), "fewer GPUs than --nproc_per_node")
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         # gloo carries small objects beside NCCL's tensors.
