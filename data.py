@@ -85,7 +85,7 @@ TASKS = {task.name: task for task in (
     Task("counting", FIND + "Where there is too much to list, write just their number. ", "count",
          data="Ricky06662/VisionReasoner_multi_object_7k_840",
          eval_data="Ricky06662/counting_pixmo_test",
-         columns=("solution", "bbox", "answer", "count"), metrics=("count_acc", "MAE", "RMSE")),
+         columns=("solution", "bbox", "answer", "count"), metrics=("count_acc", "MAE")),
     # Images keep their shape: a squashed drawing has other angles.
     Task("math", "{question}\nLook at the image, and find the answer. ", "math",
          data="hiyouga/geometry3k", eval_data="hiyouga/geometry3k", keep_shape=True,
@@ -307,7 +307,7 @@ def open_image(source, only_size=False):
         raise DataError(f"unreadable image ({error})") from None
 
 def move_objects(objects, src_frame, dst_frame, round_to_int: bool = False):
-    """New objects with the same boxes and points in another frame; a text stays as it is."""
+    """New objects with the same boxes and points in another frame; a text, or None, stays."""
     def move(numbers):
         corners = np.reshape(numbers, (-1, 2)) * dst_frame / src_frame      # of a point: itself
         if round_to_int:
@@ -318,7 +318,7 @@ def move_objects(objects, src_frame, dst_frame, round_to_int: bool = False):
                 corners[1] = np.maximum(corners[1], corners[0] + 1)
         return corners.ravel().tolist()
 
-    if isinstance(objects, str):
+    if not isinstance(objects, list):
         return objects
     return [{name: move(numbers) for name, numbers in found.items()} for found in objects]
 

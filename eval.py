@@ -4,18 +4,15 @@
     python eval.py --task grounding --model Qwen/Qwen2.5-VL-7B-Instruct --data my.jsonl
     torchrun --nproc_per_node 8 eval.py --task grounding        # each GPU answers its share
 
-samples -> `evaluate` -> results, a dict each, in pixels of the ORIGINAL image -> `metrics`.
-"""
+samples -> `evaluate` -> results, a dict each, in pixels of the ORIGINAL image -> `metrics`."""
 
 import argparse
 import json
-import math
 import os
 import re
 import signal
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from fcntl import LOCK_EX, LOCK_NB, flock
@@ -32,9 +29,19 @@ import model
 import rewards
 from data import UserError, require
 
-def flag(default, help, low=0, high=math.inf, choices=None):
-    """A field of Settings, which is a flag; numbers must be from low to high."""
-    words = {"help": help, "bounds": (low, high), "choices": choices}
+def flag(default, help, low=0, high=np.inf, **words):
+    """A field of Settings, with its words for argparse; a number must be from low to high."""
+    def number(text):
+        value = type(default)(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be from {low} to {high}, not {value}")
+        return value
+
+    words["help"] = f"{help} (%(default)r)"
+    if isinstance(default, bool):
+        words["action"] = argparse.BooleanOptionalAction
+    elif not isinstance(default, str):
+        words["type"] = number
     return field(default=default, metadata=words)
 
 @dataclass
@@ -46,12 +53,12 @@ class Settings:
     data: str = flag("", "evaluation data: file, folder or hub id")
     split: str = flag("test", "of the data", choices=("train", "validation", "test"))
     limit: int = flag(0, "only the first so many samples, 0: all")
-    eval_batch_size: int = flag(32, "prompts answered at a time", low=1, high=4096)
-    max_completion_length: int = flag(512, "longest answer in tokens", low=1, high=8192)
-    image_size: int = flag(0, "side of images in pixels", low=1, high=8192)
+    eval_batch_size: int = flag(32, "prompts answered at a time", 1, 4096)
+    max_completion_length: int = flag(512, "longest answer in tokens", 1, 8192)
+    image_size: int = flag(0, "side of images in pixels", 1, 8192)
     skip_bad_rows: bool = flag(False, "leave out rows that cannot be used, and count them")
     cuda_graph: bool = flag(True, "on a GPU, capture the decoding step: faster")
-    timeout: float = flag(30, "minutes to wait for a rank that does not answer", low=0.01, high=1e4)
+    timeout: float = flag(30.0, "minutes to wait for a silent rank", 0.01, 1e4)
     output_dir: str = flag("", "of answers.json, by default runs/eval-TASK-MODEL")
 
 def main(argv=None):
@@ -66,8 +73,8 @@ def run(settings):
                                 settings.skip_bad_rows)
     checkpoint = data.fetch(settings.model)
     processor = data.Processor(checkpoint, task, settings.image_size)
-    name = "-".join(["eval", task.name, *Path(settings.model).absolute().parts[1:][-2:]])
-    directory = Path(settings.output_dir or f"runs/{name}")
+    name = "-".join(Path(settings.model).absolute().parts[-2:])
+    directory = Path(settings.output_dir or f"runs/eval-{task.name}-{name}")
     on_first_rank(claim, directory)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     network = model.load_pretrained(checkpoint, dtype, device)
@@ -77,17 +84,13 @@ def run(settings):
     means = metrics(results, task) | {"bad rows": len(bad_rows)}
     content = {"settings": asdict(settings), "metrics": means, "answers": results}
     on_first_rank(write_text, directory / "answers.json", json.dumps(content, indent=1))
-    if is_first():
-        print(format_table(means), directory / "answers.json", sep="\n")
+    on_first_rank(print, f"{format_table(means)}\n{directory}/answers.json")
     leave_if_asked("eval.py", f"{len(results)} of {len(samples)} samples are answered")
     for problem in bad_rows:
         require(settings.skip_bad_rows, f"{problem}; others are answered; see --skip_bad_rows")
 
 def evaluate(network, processor, samples, max_new_tokens=512, batch_size=32, cuda_graph=True):
-    """All ranks' results in samples' order, and a line on each sample that cannot be used.
-
-    A signal to stop ends it early. Raises CheckpointError if a log-prob is not finite.
-    """
+    """All ranks' results in samples' order, and a line on each sample that cannot be used."""
     results = []
     bad_rows = []
     shared = my_share(samples)
@@ -106,18 +109,16 @@ def evaluate(network, processor, samples, max_new_tokens=512, batch_size=32, cud
                                      cuda_graph=cuda_graph)
         for example, [completion] in zip(examples, completions):
             results.append(make_result(processor, example, completion))
-    results = gather(results)
-    if not all(math.isfinite(result["logprob"]) for result in results):
+    if not all(np.isfinite(result["logprob"]) for result in results):
         raise model.CheckpointError("log-probs are not finite: the weights of --model are damaged")
-    return results, gather(bad_rows)
+    return gather(results), gather(bad_rows)
 
 def make_result(processor, example, completion):
     """One answer, ready for JSON; only its reward is computed in the model's frame."""
     sample = example.sample
     text = processor.decode(completion.ids, completion.finished)
     predicted = rewards.read_answer(text, processor.task.kind)
-    if predicted is not None:
-        predicted = data.move_objects(predicted, example.frame, sample.size)
+    predicted = data.move_objects(predicted, example.frame, sample.size)
     return {
         "id": sample.id, "where": sample.where, "question": sample.question,
         "completion": text, "prediction": predicted,
@@ -126,7 +127,6 @@ def make_result(processor, example, completion):
         "logprob": completion.logprobs.sum().item(), "truncated": not completion.finished,
         "thinking": rewards.has_thinking(text), "reward": processor.score(text, example),
     }
-
 
 # ---- Metrics -----------------------------------------------------------------------------------
 def metrics(results, task):
@@ -142,24 +142,21 @@ def metrics(results, task):
     if "detected" in means and "N-Acc" in means:
         # Answers say yes or no, so the ROC curve has one corner.
         means["ROC-AUC"] = (means["detected"] + means["N-Acc"]) / 2
-    if "squared_error" in means:
-        means["RMSE"] = math.sqrt(means["squared_error"])
     names = (*task.metrics, "well_formed", "thinking", "truncated", "length", "reward")
     return {name: means.get(name) for name in names} | {"samples": len(results)}
 
 def measure(result, kind="objects"):
     """The scores of one answer, as in the authors' evaluation; an unreadable one is wrong."""
     predicted = result["prediction"]
-    scores = {name: float(result[name]) for name in ("thinking", "truncated", "length")}
-    scores["well_formed"] = float(predicted is not None)
-    scores["reward"] = sum(result["reward"].values())
-    if kind == "math":
-        scores["accuracy"] = result["reward"]["accuracy"]
-    elif kind == "count":
+    # In mathematics, the reward's accuracy is the metric, too.
+    scores = result["reward"] | {"reward": sum(result["reward"].values())}
+    scores |= {name: result[name] for name in ("thinking", "truncated", "length")}
+    scores["well_formed"] = predicted is not None
+    if kind == "count":
         error = rewards.count(predicted or []) - rewards.count(result["label"])
-        scores["count_acc"] = float(predicted is not None and error == 0)
-        scores |= {"MAE": abs(error), "squared_error": error**2}
-    else:
+        scores["count_acc"] = predicted is not None and error == 0
+        scores["MAE"] = abs(error)
+    elif kind == "objects":
         scores |= measure_objects(predicted, result["label"], result["size"])
     return scores
 
@@ -169,27 +166,28 @@ def measure_objects(predicted, label, size):
     true_boxes = numbers_of(label, "bbox_2d", 4)  # (m, 4)
     mask = paint(boxes, size)
     true_mask = paint(true_boxes, size)
-    scores = {"intersection": float((mask & true_mask).sum())}
-    scores["union"] = float((mask | true_mask).sum())
+    intersection = (mask & true_mask).sum()
+    union = (mask | true_mask).sum()
+    scores = {"intersection": intersection, "union": union}
     if not label:
         # Only [] is right where there is nothing: N-Acc is the share of those samples.
         names = ("accuracy", "one_to_one", "gIoU", "N-Acc", "anomaly_acc")
-        return scores | dict.fromkeys(names, float(predicted == []))
-    scores["gIoU"] = scores["intersection"] / max(scores["union"], 1)
+        return scores | dict.fromkeys(names, predicted == [])
+    scores["gIoU"] = intersection / max(union, 1)
     # For anomalies, anything that is listed says that there is a defect.
-    scores["detected"] = scores["anomaly_acc"] = float(bool(predicted))
+    scores["detected"] = scores["anomaly_acc"] = bool(predicted)
     # accuracy, the authors': a box, or the box around all boxes, matches that around the label's.
-    overlaps = rewards.iou([*boxes, *box_around(boxes)], box_around(true_boxes))
-    scores["accuracy"] = float((overlaps > 0.5).any())
+    overlaps = rewards.iou([*boxes, box_around(boxes)], box_around(true_boxes))
+    scores["accuracy"] = (overlaps > 0.5).any()
     # one_to_one, ours: an object too many costs as much as one too few.
-    pairs = rewards.match((rewards.iou(boxes, true_boxes) > 0.5).astype(int))
+    pairs = rewards.match(rewards.iou(boxes, true_boxes) > 0.5)
     scores["one_to_one"] = len(pairs) / max(len(predicted or []), len(label))
     # point_in_box: any listed point, or else a box's centre, is in a labelled box, edge included.
     points = numbers_of(predicted, "point_2d", 2)[:, None]  # (n, 1, 2)
     if len(points) == 0:
         points = boxes.reshape(-1, 2, 2).mean(axis=1, keepdims=True)
     inside = (true_boxes[:, :2] <= points) & (points <= true_boxes[:, 2:])  # (n, m, 2)
-    scores["point_in_box"] = float(inside.all(axis=2).any())
+    scores["point_in_box"] = inside.all(axis=2).any()
     return scores
 
 def numbers_of(answer, name, size):
@@ -198,10 +196,9 @@ def numbers_of(answer, name, size):
     return np.array(numbers, float).reshape(-1, size)
 
 def box_around(boxes):
-    """The smallest box (1, 4) that holds all boxes (n, 4); (0, 4) if n is 0."""
-    if len(boxes) == 0:
-        return boxes
-    return np.concatenate([boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)])[None]
+    """The smallest box (4,) that holds all boxes (n, 4); around none, one that overlaps nothing."""
+    low, high = np.split(boxes, 2, axis=1)
+    return np.append(low.min(0, initial=np.inf), high.max(0, initial=-np.inf))
 
 def paint(boxes, size):
     """One mask (height, width), True inside any of boxes (n, 4)."""
@@ -211,13 +208,8 @@ def paint(boxes, size):
     return mask
 
 def format_table(values):
-    """Metrics as text, one a line."""
-    lines = []
-    for name, value in values.items():
-        shown = f"{value:.4g}" if isinstance(value, float) else value
-        lines.append(f"{name:12}{shown!s:>10}")
-    return "\n".join(lines)
-
+    """Metrics as text, one a line; nan, if no sample has it."""
+    return "\n".join(f"{name:12}{np.float64(value):10.6g}" for name, value in values.items())
 
 # ---- Flags and files ---------------------------------------------------------------------------
 class Parser(argparse.ArgumentParser):
@@ -228,29 +220,16 @@ class Parser(argparse.ArgumentParser):
 
 def parse(settings_class, argv, program):
     """Read flags into a dataclass; its task decides defaults, and so they are in --help too."""
-    # The task first, for it decides the defaults of others.
-    parser = Parser(program, add_help=False, allow_abbrev=False)
-    parser.add_argument("--task", default=settings_class.task, choices=tuple(data.TASKS))
+    parser = Parser(program, description=settings_class.__doc__, allow_abbrev=False, add_help=False)
+    for setting in fields(settings_class):
+        parser.add_argument(f"--{setting.name}", default=setting.default, **setting.metadata)
+    # --help ends the program, and so it comes after the task's defaults.
     task = data.TASKS[parser.parse_known_args(argv)[0].task]
     source = task.data if program == "train.py" else task.eval_data
-    defaults = {"model": task.model, "data": source, "image_size": task.image_size, **task.recipe}
-
-    parser = Parser(program, description=settings_class.__doc__, allow_abbrev=False)
-    for setting in fields(settings_class):
-        words = {"type": setting.type, "choices": setting.metadata["choices"]}
-        if setting.type is bool:
-            words = {"action": argparse.BooleanOptionalAction}
-        default = defaults.get(setting.name, setting.default)
-        shown = "" if default == "" else " (%(default)s)"
-        parser.add_argument(f"--{setting.name}", default=default,
-                            help=setting.metadata["help"] + shown, **words)
-    settings = settings_class(**vars(parser.parse_args(argv)))
-    for setting in fields(settings_class):
-        value = getattr(settings, setting.name)
-        low, high = setting.metadata["bounds"]
-        if setting.type is not str and not low <= value <= high:
-            parser.error(f"--{setting.name} must be from {low} to {high}, not {value}")
-    return settings
+    parser.set_defaults(model=task.model, data=source, image_size=task.image_size, **task.recipe)
+    parser.add_argument("-h", "--help", action="help")
+    values = vars(parser.parse_args(argv))
+    return settings_class(*[values[setting.name] for setting in fields(settings_class)])
 
 # Open files: a lock is held until the program ends, however it ends.
 held_locks = []
@@ -263,8 +242,6 @@ def claim(directory, resume=False):
         flock(lock, LOCK_EX | LOCK_NB)
     except BlockingIOError:
         raise UserError(f"{directory}: another run is at work there") from None
-    # A full disk shows here, before any work.
-    print("process", os.getpid(), file=lock, flush=True)
     others = set(os.listdir(directory)) - {".lock"}
     require(not others or resume and "config.json" in others, f"{directory} is not empty: "
             "give another --output_dir, or --resume if a run of train.py was in it")
@@ -275,7 +252,6 @@ def write_text(path, text):
     unfinished = path.with_name(f"{path.name}.unfinished")
     unfinished.write_text(text)
     os.replace(unfinished, path)
-
 
 # ---- One process or many -----------------------------------------------------------------------
 received_signals = []
@@ -306,9 +282,8 @@ def run_program(program, function, *args):
         sys.exit(1)
     finally:
         held_locks.clear()
-        if world()[1] > 1:
-            # Python 3.11 crashes at exit if a thread of gloo is waiting for its lock.
-            time.sleep(0.1)
+        # Python 3.11 crashes at exit if a thread of gloo is waiting for its lock.
+        time.sleep(0.1)
 
 def complain(program, error):
     """Print one line; raw control characters in it could take over the terminal."""
@@ -327,18 +302,15 @@ def leave_if_asked(program, message):
     """End all ranks if a signal came to any of them, with the exit code 128 + its number."""
     numbers = gather(received_signals[:1])
     if numbers:
-        if is_first():
-            complain(program, f"stopped by {signal.Signals(numbers[0]).name}; {message}")
+        on_first_rank(complain, program, f"stopped by {signal.Signals(numbers[0]).name}; {message}")
         sys.exit(128 + numbers[0])
 
 def start(timeout_minutes=30):
     """Join torchrun's processes, or be a group of one; returns this process's device."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        count = torch.cuda.device_count()
-        require(local_rank < count, f"there are only {count} GPUs: --nproc_per_node {count}")
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        require(device.index < torch.cuda.device_count(), "fewer GPUs than --nproc_per_node")
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         # gloo carries small objects beside NCCL's tensors.
@@ -365,11 +337,10 @@ def my_share(items):
 
 def gather(items):
     """The items of all ranks as one list on every rank: all of rank 0, then all of rank 1, ..."""
-    size = world()[1]
+    lists = [None] * world()[1]
     # One process exchanges nothing: gloo's thread would slow down OpenMP's threads for good.
-    if size == 1:
+    if len(lists) == 1:
         return items
-    lists = [None] * size
     dist.all_gather_object(lists, items)
     return sum(lists, [])
 

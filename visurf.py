@@ -1,8 +1,6 @@
 """ViSurf (arXiv 2510.10606): one update that learns from rollouts and from the ground-truth label.
 
-Needs torch alone: copy it into your own project.
-For a prompt x (an image and a question) with the label y:
-
+Needs torch alone: copy it. For a prompt x, an image and a question, with the label y:
     1. Sample G rollouts o_1 .. o_G from the policy; score them and y with the same rewards r(.)
     2. Control the label's reward; each control has a switch of its own:
          control 1  write y in the style of most rollouts so far     style_of, align_label
@@ -19,13 +17,11 @@ Shapes: G rollouts, N members, T tokens; "..." are leading axes. Masks are True 
 
 import json
 import re
-from collections import Counter
-from functools import partial
 
 import torch
 
 # ---- Control 1: the label's style --------------------------------------------------------------
-def write_tight_lists(answer: list[dict]) -> str:
+def write_tight_lists(answer):
     """json.dumps without the space between two numbers."""
     return re.sub(r"(?<=\d), (?=-?\d)", ",", json.dumps(answer))
 
@@ -34,11 +30,11 @@ def write_tight_lists(answer: list[dict]) -> str:
 STYLES = {
     "spaced": json.dumps,
     "tight lists": write_tight_lists,
-    "compact": partial(json.dumps, separators=(",", ":")),
-    "indented": partial(json.dumps, indent=2),
+    "compact": json.JSONEncoder(separators=(",", ":")).encode,
+    "indented": json.JSONEncoder(indent=2).encode,
 }
 
-def style_of(answer_text: str) -> str | None:
+def style_of(answer_text):
     """Reward control 1: the only style that reproduces a rollout's answer text, or None.
 
     >>> style_of('[{"point_2d":[1,2]}]'), style_of('[{"point_2d": [1,2]}]'), style_of("[]")
@@ -53,26 +49,25 @@ def style_of(answer_text: str) -> str | None:
     # All styles write "[]" and "24" alike: such an answer has no vote.
     return matching[0] if len(matching) == 1 else None
 
-def preferred_style(votes: Counter) -> str:
-    """The style with most votes; where several have as many, the first of them in STYLES."""
+def preferred_style(votes):
+    """The style with most votes, a Counter; of several, the first in STYLES."""
     return max(STYLES, key=lambda name: votes[name])
 
-def align_label(answer: list[dict] | str, style: str) -> str:
+def align_label(answer, style):
     """The label's completion, `<answer>...</answer>`; an answer that is text stays as it is."""
-    text = answer if isinstance(answer, str) else STYLES[style](answer)
-    return f"<answer>{text}</answer>"
+    if not isinstance(answer, str):
+        answer = STYLES[style](answer)
+    return f"<answer>{answer}</answer>"
 
 # ---- Steps 2 to 4: rewards of a group, and its advantages --------------------------------------
-def visurf_advantages(rollout_rewards, label_components: dict, drop_thinking_reward: bool = True,
-                      smooth_label_reward: bool = True) -> torch.Tensor:
+def visurf_advantages(rollout_rewards, label_components, drop_thinking_reward=True,
+                      smooth_label_reward=True):
     """Advantages (..., N) of G rollouts with rewards (..., G), and of their label, the last.
 
-    label_components: the label's reward by component, each a number or (...). The two flags switch
+    label_components: a dict of the label's rewards, each a number or (...). The two flags switch
     controls 2 and 3; control 1 is in the text that was scored.
-
-    >>> visurf_advantages(torch.zeros(8), {"format": 1.0, "accuracy": 3.0})
-    tensor([-0.3333, -0.3333, -0.3333, -0.3333, -0.3333, -0.3333, -0.3333, -0.3333,
-             2.6667])
+    >>> visurf_advantages(torch.zeros(4), {"format": 1.0, "accuracy": 3.0})
+    tensor([-0.4472, -0.4472, -0.4472, -0.4472,  1.7889])
     """
     r_label = label_reward(label_components, credit_thinking=not drop_thinking_reward)
     r_label = r_label.to(rollout_rewards)               # 2.1 in float32 is below 2.1 in float64
@@ -82,28 +77,22 @@ def visurf_advantages(rollout_rewards, label_components: dict, drop_thinking_rew
     rewards = torch.cat([rollout_rewards, r_label[..., None]], dim=-1)      # (..., N)
     return group_advantages(rewards)
 
-def label_reward(components: dict, credit_thinking: bool = False) -> torch.Tensor:
-    """Reward control 2: the sum of the label's reward components without that for thinking.
+def label_reward(components, credit_thinking=False):
+    """Reward control 2: the sum (...) of the label's components, in float64, without thinking.
 
     credit_thinking=True switches this control off: thinking is then credited in full, with 1.
-    Components are numbers or tensors (...); returns (...) in float64.
-
     >>> label_reward({"thinking": 0.0, "format": 2.0, "accuracy": 3.0})
     tensor(5., dtype=torch.float64)
     """
     # A label has no thinking: rewarding it anyway would teach the policy to stop thinking.
-    reward = torch.zeros((), dtype=torch.float64)
-    for name, value in components.items():
-        if name == "thinking":
-            value = 1.0 if credit_thinking else 0.0
-        reward = reward + torch.as_tensor(value, dtype=torch.float64)
-    return reward
+    if "thinking" in components:
+        components = components | {"thinking": float(credit_thinking)}
+    return sum(torch.as_tensor(value, dtype=torch.float64) for value in components.values())
 
-def smooth_if_matched(r_label, rollout_rewards) -> torch.Tensor:
+def smooth_if_matched(r_label, rollout_rewards):
     """Reward control 3: where a rollout is as good as the label, the label gets the rollouts' mean.
 
     r_label (...), rollout_rewards (..., G) -> (...).
-
     >>> smooth_if_matched(torch.tensor(3.0), torch.tensor([3.0, 0.0, 0.0, 3.0]))
     tensor(1.5000)
     """
@@ -111,7 +100,7 @@ def smooth_if_matched(r_label, rollout_rewards) -> torch.Tensor:
     matched = rollout_rewards.amax(dim=-1) >= r_label                       # (...)
     return torch.where(matched, rollout_rewards.mean(dim=-1), r_label)
 
-def group_advantages(rewards, eps: float = 1e-6) -> torch.Tensor:
+def group_advantages(rewards, eps=1e-6):
     """A_m = (r_m - mean) / (std + eps) within each group: (..., N) -> (..., N)   (Eq. 6-7).
 
     >>> group_advantages(torch.tensor([3.0, 0.0, 0.0, 3.0, 1.5]))
@@ -128,13 +117,12 @@ def group_advantages(rewards, eps: float = 1e-6) -> torch.Tensor:
     return centred / (rewards.std(dim=-1, keepdim=True) + eps)
 
 # ---- Step 5: losses ----------------------------------------------------------------------------
-def policy_loss(logprobs, old_logprobs, advantages, mask, epsilon: float = 0.2, total=None):
+def policy_loss(logprobs, old_logprobs, advantages, mask, epsilon=0.2, total=None):
     """The negated objective: the mean of min(rho A, clip(rho) A), without reference KL (Eq. 8).
 
     logprobs, old_logprobs, mask (..., N, T), advantages (..., N). rho is a token's importance ratio
-    to the policy that sampled it. For one update per sampling, pass logprobs.detach() as
-    old_logprobs. `total` is the number of tokens the mean is over: this mask's, or the whole
-    batch's, so that micro-batches add up.
+    to the policy that sampled it. With one update per sampling, old_logprobs=logprobs.detach().
+    total: the number of tokens to divide by, if it is the whole batch's and not this mask's.
     """
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)             # (..., N, T)
     rho = log_ratio.exp()
@@ -142,11 +130,11 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, epsilon: float = 0.2, 
     objective = torch.minimum(rho * A, rho.clamp(1 - epsilon, 1 + epsilon) * A)
     return -masked_mean(objective, mask, total)
 
-def sft_loss(logprobs, mask, total=None) -> torch.Tensor:
+def sft_loss(logprobs, mask, total=None):
     """Cross-entropy of labels (..., T): its gradient is policy_loss's with advantages 1."""
     return -masked_mean(logprobs, mask, total)
 
-def masked_mean(values, mask, total=None) -> torch.Tensor:
+def masked_mean(values, mask, total=None):
     """The sum of values (..., T) where mask is True, divided by `total` or else by their number."""
     if total is None:
         total = mask.sum().clamp(min=1)

@@ -202,7 +202,7 @@ def result_table(runs: list[Run]) -> str:
 
 
 def shown(value) -> str:
-    """A metric as eval.format_table shows it, a large one in full; "-" for what is no number."""
+    """A metric with four digits, a large one in full; "-" for what is no number."""
     value = number(value)
     if math.isnan(value):
         return "-"
@@ -372,7 +372,7 @@ def answer_card(result: dict, scores: dict, task: data.Task, sample: data.Sample
         # full resolution of colours too, or thin lines turn grey
         draw(result, data.open_image(sample.image)).save(file, "JPEG", quality=90, subsampling=0)
         picture = f'<img src="{data_uri(file.getvalue(), "jpeg")}" alt="label and prediction">'
-    values = [f"{name} {shown(scores[name])}"
+    values = [f"{name} {shown(float(scores[name]))}"
               for name in (*task.metrics, "reward") if name in scores]
     answers = ""
     for name in ("label", "prediction"):

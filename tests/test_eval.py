@@ -214,7 +214,6 @@ def test_counts_against_plain_sums():
         right.append(answer is not None and predicted == label)
     found = measured("counting", results)
     assert found["MAE"] == pytest.approx(sum(abs(e) for e in errors) / 200)
-    assert found["RMSE"] == pytest.approx((sum(e * e for e in errors) / 200) ** 0.5)
     assert found["count_acc"] == sum(right) / 200 and 0 < sum(right) < 60
     assert all(value is None for name, value in measured("counting", []).items() if name != "samples")
 
@@ -245,7 +244,7 @@ def test_nothing_to_measure_is_none():
     table = evaluation.format_table(measured("grounding", [result(box, box)]) | {"MAE": 1234.5, "gIoU": 2 / 3})
     rows = dict(map(str.split, table.splitlines()))
     assert len({len(line) for line in table.splitlines()}) == 1
-    assert rows["accuracy"] == "1" and rows["gIoU"] == "0.6667" and rows["N-Acc"] == "None" and rows["MAE"] == "1234"
+    assert rows["accuracy"] == "1" and rows["gIoU"] == "0.666667" and rows["N-Acc"] == "nan" and rows["MAE"] == "1234.5"
     assert rows["length"] == "10" and rows["reward"] == "4" and rows["samples"] == "1"
 
 
@@ -417,7 +416,7 @@ def mistake(capsys, arguments) -> str:
     (["--data", "no/such/file.jsonl"], "no/such/file.jsonl"),
     (["--model", "/no/such/checkpoint"], "/no/such/checkpoint"),
     (["--model", "."], "checkpoint"),
-    (["--eval_batch_size", "0"], "--eval_batch_size must be from 1 to"), (["--limit", "-1"], "--limit"),
+    (["--eval_batch_size", "0"], "--eval_batch_size: must be from 1 to 4096, not 0"), (["--limit", "-1"], "--limit"),
     (["--image_size", "x"], "--image_size"),
     (["--max_completion_length", "999999999"], "1 to 8192"),
     (["--unknown"], "--unknown"), (["--over"], "--over"),
@@ -465,7 +464,7 @@ def test_a_bad_row_met_later_costs_no_answer(files, capsys):
     saved = json.loads(Path("out/answers.json").read_text())
     assert [answer["question"] for answer in saved["answers"]] == ["find 0", "find 2"]
     evaluation.main([*files, "--output_dir", "skipped", "--skip_bad_rows"])
-    assert capsys.readouterr().out.splitlines()[-1] == "bad rows: 1"
+    assert re.search(r"^bad rows +1$", capsys.readouterr().out, re.MULTILINE)
     assert json.loads(Path("skipped/answers.json").read_text())["answers"] == saved["answers"]
 
 
@@ -494,6 +493,7 @@ def test_a_signal_keeps_the_answers_so_far(files, monkeypatch, capsys):
         return answer(*args)
 
     monkeypatch.setattr(evaluation, "make_result", send_before)
+    monkeypatch.setattr(evaluation, "received_signals", [])      # other tests receive none
     with pytest.raises(SystemExit) as stop:
         evaluation.main([*files, "--output_dir", "out", "--eval_batch_size", "1"])
     assert stop.value.code == 128 + signal.SIGTERM
@@ -535,7 +535,7 @@ class Flags:
     ([], ("math", 0.5, True, False)), (["--no-think", "--save", "--share", "1"], ("math", 1.0, False, True)),
     (["--no-think", "--no-save"], ("math", 0.5, False, False)), (["--save", "no"], "no"),
     (["--share", "1.1"], "0 to 1"), (["--share", "nan"], "0 to 1"), (["--share", "inf"], "0 to 1"),
-    (["--share", "-0.1"], "0 to 1"), (["--share", "half"], "invalid float"), (["--sha", "1"], "--sha"), (["x"], "x")])
+    (["--share", "-0.1"], "0 to 1"), (["--share", "half"], "half"), (["--sha", "1"], "--sha"), (["x"], "x")])
 def test_flags_are_the_fields_of_a_dataclass(flags, expected, capsys, monkeypatch):
     if isinstance(expected, tuple):
         assert evaluation.parse(Flags, flags, "x.py") == Flags(*expected)
