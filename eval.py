@@ -18,6 +18,11 @@ from datetime import timedelta
 from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
 
+PROGRAM = Path(sys.argv[0]).name
+if PROGRAM in ("train.py", "eval.py") and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    # Importing and loading take a while, in which Ctrl-C has nothing to save.
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(f"{PROGRAM}: stopped before the first step"))
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -45,21 +50,27 @@ def flag(default, help, low=0, high=np.inf, **words):
     return field(default=default, metadata=words)
 
 @dataclass
-class Settings:
-    """Evaluate a checkpoint by its greedy answers. The task decides some defaults."""
+class Common:
+    """Flags of train.py and eval.py."""
 
-    task: str = flag("digits", "what is asked of the images", choices=tuple(data.TASKS))
+    task: str = flag("digits", "what to ask of the images", choices=tuple(data.TASKS))
     model: str = flag("", "checkpoint directory or hub id")
-    data: str = flag("", "evaluation data: file, folder or hub id")
-    split: str = flag("test", "of the data", choices=("train", "validation", "test"))
-    limit: int = flag(0, "only the first so many samples, 0: all")
-    eval_batch_size: int = flag(32, "prompts answered at a time", 1, 4096)
-    max_completion_length: int = flag(512, "longest answer in tokens", 1, 8192)
+    data: str = flag("", "file, folder or hub id")
+    output_dir: str = flag("", "by default runs/TASK-METHOD, or runs/eval-TASK-MODEL")
+    max_completion_length: int = flag(512, "tokens; while training, memory grows by its square",
+                                      1, 8192)
     image_size: int = flag(0, "side of images in pixels", 1, 8192)
     skip_bad_rows: bool = flag(False, "leave out rows that cannot be used, and count them")
     cuda_graph: bool = flag(True, "on a GPU, capture the decoding step: faster")
     timeout: float = flag(30.0, "minutes to wait for a silent rank", 0.01, 1e4)
-    output_dir: str = flag("", "of answers.json, by default runs/eval-TASK-MODEL")
+
+@dataclass
+class Settings(Common):
+    """Evaluate a checkpoint by its greedy answers. The task decides some defaults."""
+
+    split: str = flag("test", "of the data", choices=("train", "validation", "test"))
+    limit: int = flag(0, "only the first so many samples, 0: all")
+    eval_batch_size: int = flag(32, "prompts answered at a time", 1, 4096)
 
 def main(argv=None):
     """The command line."""

@@ -18,8 +18,6 @@ import json
 import math
 import os
 import shutil
-import signal
-import sys
 import time
 import warnings
 from collections import Counter, defaultdict
@@ -27,9 +25,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-    # Importing and loading take a while, in which Ctrl-C has nothing to save.
-    signal.signal(signal.SIGINT, lambda *_: sys.exit("train.py: stopped before the first step"))
+# The first of the slow imports: from here on Ctrl-C is one line.
+from eval import (Common, claim, flag, gather, is_first, leave_if_asked, my_share, note_signals,
+                  on_first_rank, parse, run_program, start, write_text)
 
 import numpy as np
 import torch
@@ -43,39 +41,27 @@ import model
 import rewards
 import visurf
 from data import UserError, require
-from eval import (claim, flag, gather, is_first, leave_if_asked, my_share, note_signals,
-                  on_first_rank, parse, run_program, start, write_text)
 
 @dataclass
-class Settings:
+class Settings(Common):
     """Post-train a Qwen-VL checkpoint. The task decides some defaults."""
 
-    task: str = flag("digits", "what to learn", choices=tuple(data.TASKS))
     method: str = flag("visurf", "rlvr: GRPO; sft: labels", choices=("visurf", "rlvr", "sft"))
-    model: str = flag("", "checkpoint directory or hub id")
-    data: str = flag("", "training data: file, folder or hub id")
-    output_dir: str = flag("", "of checkpoints and logs, by default runs/TASK-METHOD")
     resume: bool = flag(False, "continue the run in output_dir from its last checkpoint")
     seed: int = flag(0, "decides the order of the data and every sampled token")
-    max_steps: int = flag(500, "batches of prompts to train on", low=1)
-    batch_size: int = flag(16, "prompts in a step", low=1, high=65536)
-    micro_batch_size: int = flag(1, "prompts, with their groups, in one forward pass", low=1)
-    num_generations: int = flag(8, "rollouts of each prompt (G)", low=2, high=1024)
-    max_completion_length: int = flag(512, "longest rollout in tokens; costs memory by its square",
-                                      low=1, high=8192)
-    temperature: float = flag(1.0, "of sampling and of log-probs", low=0.01)
+    max_steps: int = flag(500, "batches of prompts to train on", 1)
+    batch_size: int = flag(16, "prompts in a step", 1, 65536)
+    micro_batch_size: int = flag(1, "prompts, with their groups, in one forward pass", 1)
+    num_generations: int = flag(8, "rollouts of each prompt (G)", 2, 1024)
+    temperature: float = flag(1.0, "of sampling and of log-probs", 0.01)
     learning_rate: float = flag(1e-6, "of AdamW, constant")
     align_label: bool = flag(True, "control 1: write the label in the rollouts' style")
     drop_thinking_reward: bool = flag(True, "control 2: no thinking reward for the label")
     smooth_label_reward: bool = flag(True, "control 3: no advantage for a label that is matched")
-    image_size: int = flag(0, "side of images in pixels", low=1, high=8192)
-    skip_bad_rows: bool = flag(False, "leave out rows that cannot be used, and count them")
     checkpoint_activations: bool = flag(True, "compute activations twice to save memory")
     cpu_offload: bool = flag(False, "keep weights and optimizer off the GPU: much slower")
-    cuda_graph: bool = flag(True, "on a GPU, capture the decoding step: faster")
-    timeout: float = flag(30, "minutes to wait for a silent rank", low=0.01, high=1e4)
-    save_steps: int = flag(100, "steps between checkpoints", low=1)
-    keep: int = flag(1, "checkpoints to keep", low=1)
+    save_steps: int = flag(100, "steps between checkpoints", 1)
+    keep: int = flag(1, "checkpoints to keep", 1)
 
 @dataclass
 class Run:
