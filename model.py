@@ -485,19 +485,16 @@ def load_pretrained(path, dtype=torch.float32, device="cpu"):
 def check_checkpoint(path):
     """CheckpointError, which says what the directory is instead, if it is no Qwen-VL checkpoint."""
     path = Path(path)
-    config = {}
     if (path / "adapter_config.json").exists():
-        problem = "LoRA adapters alone: merge them into their base, and give that"
-    elif list(path.glob("model_world_size_*")):
-        problem = "verl's shards: make a checkpoint of them with verl.model_merger"
-    else:
-        config = read_json(path / "config.json")
-        problem = f"model_type {config.get('model_type')!r} is none of {', '.join(MODEL_TYPES)}"
+        raise CheckpointError(f"{path}: LoRA adapters alone: give what they make with their base")
+    if list(path.glob("model_world_size_*")):
+        raise CheckpointError(f"{path}: verl's shards: merge them with verl.model_merger")
+    config = read_json(path / "config.json")
+    kind = config.get("model_type")
+    if kind not in MODEL_TYPES:
+        raise CheckpointError(f"{path}: model_type {kind!r} is none of {', '.join(MODEL_TYPES)}")
     if "quantization_config" in config:
-        problem = "quantised weights (AWQ, GPTQ): give those that they were made from"
-    elif config.get("model_type") in MODEL_TYPES:
-        return
-    raise CheckpointError(f"{path}: {problem}")
+        raise CheckpointError(f"{path}: quantised (AWQ, GPTQ): give the weights it was made from")
 
 def find_special_tokens(network, path):
     """Read which tokens end a completion, and which can never be in one."""
@@ -543,9 +540,8 @@ def read_files(path):
     """What a checkpoint has beside weights: configs, tokenizer, template, licence; never code."""
     files = {}
     for file in Path(path).iterdir():
-        known = file.suffix in (".json", ".jinja", ".txt") or file.name.startswith("LICENSE")
-        ours = file.name.endswith((".index.json", "_state.json"))
-        if known and not ours and file.is_file():
+        kept = file.suffix in (".json", ".jinja", ".txt") or file.name.startswith("LICENSE")
+        if kept and file.is_file() and not file.name.endswith((".index.json", "_state.json")):
             files[file.name] = file.read_bytes()
     return files
 
