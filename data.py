@@ -71,7 +71,7 @@ class Task:
     metrics: tuple = ("accuracy", "one_to_one", "gIoU", "cIoU", "N-Acc")     # the main one first
     image_size: int = 840         # images become squares of this side,
     keep_shape: bool = False      # or keep their shape, with as many pixels at most
-    thresholds: rewards.Thresholds = rewards.Thresholds()
+    thresholds: dict = field(default_factory=dict)    # replaces the defaults of the reward's
     recipe: dict = field(default_factory=dict)        # replaces the defaults of flags
 
 TASKS = {task.name: task for task in (
@@ -94,7 +94,7 @@ TASKS = {task.name: task for task in (
     # Bundled: its small network knows some hundred words. Thresholds: 2 and 4 pixels of 48.
     Task("digits", "{question}", sample_answer="", model=str(ASSETS / "tiny-qwen2-vl"),
          data=str(ASSETS / "digits"), eval_data=str(ASSETS / "digits"), image_size=48,
-         thresholds=rewards.Thresholds(box_l1=2 * 840 / 48, point=4 * 840 / 48),
+         thresholds={"l1_below": 2 * 840 / 48, "distance_below": 4 * 840 / 48},
          recipe={"learning_rate": 2e-4, "max_steps": 240, "batch_size": 8, "micro_batch_size": 8,
                  "max_completion_length": 64, "checkpoint_activations": False}),
 )}
@@ -424,8 +424,8 @@ class Processor:
     def score(self, completion: str, example: Example) -> dict[str, float]:
         """The reward components of a completion: see rewards.py."""
         return self.task.reward(completion, example.label, kind=self.task.kind,
-                                frame=example.frame, thresholds=self.task.thresholds,
-                                choices=example.sample.choices)
+                                frame=example.frame, choices=example.sample.choices,
+                                **self.task.thresholds)
 
 def fetch(name, kind: str = "model") -> Path:
     """The folder of a "model" or a "dataset": a local path as it is, or a repository on the hub."""
