@@ -57,11 +57,11 @@ class Task:
     """Wording, label columns, metrics and defaults of a task; docs/data.md shows how to add one."""
 
     name: str
-    instruction: str = FIND
+    instruction: str = FIND + FORMAT
     kind: str = "objects"         # of answers: "objects", "count" or "math", see rewards.py
     reward: object = rewards.score        # a function with its arguments
     sample_answer: str = ('<answer>[{"bbox_2d": [120, 85, 480, 571], "point_2d": [310, 352]}]'
-                          '</answer>')      # "": the format is not asked for
+                          '</answer>')
     model: str = "Qwen/Qwen2-VL-2B-Instruct"
     data: str = ""                # default data for training; "" if there is none
     eval_data: str = ""
@@ -74,22 +74,22 @@ class Task:
 TASKS = {task.name: task for task in (
     Task("grounding", data="Ricky06662/ViSurf_multi_non_object_7300_size840",
          eval_data="Ricky06662/grefcoco_val_all"),
-    Task("gui", 'Find the one element of this screen to click for this: "{question}". ' + BOXES,
-         metrics=("point_in_box", "accuracy", "gIoU")),
-    Task("anomaly", 'Find every defect of the object in the image: "{question}". ' + BOXES,
+    Task("gui", 'Find the one element of this screen to click for this: "{question}". '
+         + BOXES + FORMAT, metrics=("point_in_box", "accuracy", "gIoU")),
+    Task("anomaly", 'Find every defect of the object in the image: "{question}". ' + BOXES + FORMAT,
          metrics=("anomaly_acc", "ROC-AUC", "accuracy", "gIoU", "cIoU")),
     Task("medical"),
-    Task("counting", FIND + "Where there is too much to list, write just their number. ", "count",
-         data="Ricky06662/VisionReasoner_multi_object_7k_840",
+    Task("counting", FIND + "Where there is too much to list, write just their number. " + FORMAT,
+         "count", data="Ricky06662/VisionReasoner_multi_object_7k_840",
          eval_data="Ricky06662/counting_pixmo_test",
          columns=("solution", "bbox", "answer", "count"), metrics=("count_acc", "MAE", "RMSE")),
     # Images keep their shape: a squashed drawing has other angles.
-    Task("math", "{question}\nLook at the image, and find the answer. ", "math",
+    Task("math", "{question}\nLook at the image, and find the answer. " + FORMAT, "math",
          data="hiyouga/geometry3k", eval_data="hiyouga/geometry3k", keep_shape=True,
          sample_answer=r"<answer>\frac{3}{4}</answer>", columns=("answer", "solution"),
          metrics=("accuracy",), recipe={"max_completion_length": 1024}),
     # Bundled: its small network knows some hundred words. Thresholds: 2 and 4 pixels of 48.
-    Task("digits", "{question}", sample_answer="", model=str(ASSETS / "tiny-qwen2-vl"),
+    Task("digits", "{question}", model=str(ASSETS / "tiny-qwen2-vl"),
          data=str(ASSETS / "digits"), eval_data=str(ASSETS / "digits"), image_size=48,
          reward=partial(rewards.score, l1_below=2 * 840 / 48, distance_below=4 * 840 / 48),
          recipe={"learning_rate": 2e-4, "max_steps": 240, "batch_size": 8, "micro_batch_size": 8,
@@ -128,12 +128,12 @@ def load_samples(source, task, split="train", limit=0, skip_bad_rows=False):
     for number in range(len(rows)):
         if limit and len(samples) == limit:
             break
+        where = f"{path}, row {number + 1}"
         try:
-            samples.append(read_sample(rows, number, path, task))
+            samples.append(read_sample(rows, number, path, task, where))
         # Python's own messages are useful too: "cannot reshape array of size 3".
         except (ValueError, TypeError, ArithmeticError, RecursionError) as error:
-            require(skip_bad_rows, f"{path}, row {number + 1}: {error}; see --skip_bad_rows",
-                    DataError)
+            require(skip_bad_rows, f"{where}: {error}; see --skip_bad_rows", DataError)
             bad_rows += 1
     require(samples, f"{path}: no good row, {bad_rows} bad ones; give other data", DataError)
     if bad_rows and os.environ.get("RANK", "0") == "0":
@@ -174,7 +174,7 @@ def read_row(rows, number):
     require(is_object, f"not a JSON object in UTF-8; {CONVERTER}")
     return json.loads(rows[number])
 
-def read_sample(rows, number, path, task):
+def read_sample(rows, number, path, task, where):
     """One row, checked; a ValueError or a TypeError says what is wrong with it."""
     row = read_row(rows, number)
     # EasyR1 writes <image> where the image goes.
@@ -207,7 +207,6 @@ def read_sample(rows, number, path, task):
     # <|image_pad|> would be one more image, and half a surrogate pair has no tokens.
     require(not re.search(r"<\|[a-z_]{2,}\|>|[\ud800-\udfff]", f"{question} {label}"),
             "a control token or half a character in the question or the answer")
-    where = f"{path}, row {number + 1}"
     name = first_of(row | {"row": where}, ("id", "image_id", "row"))
     choices = list(map(str, choices))
     return Sample(str(name), question, image, label, frame, original, where, choices)
@@ -342,8 +341,8 @@ class Processor:
             image_id = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
             require(image_id == config.image_token_id, "its tokenizer is another model's")
             # An empty picture shows now whether template, tokenizer and images fit together.
-            size = (56, 56)
-            self.blank = self.encode(Sample("", "nothing", Image.new("RGB", size), "", size, size))
+            picture = Image.new("RGB", (56, 56))
+            self.blank = self.encode(Sample("", "nothing", picture, "", (56, 56), (56, 56)))
         except Exception as error:       # foreign files make their readers raise nearly anything
             raise UserError(f"{path}: not a complete Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint "
                             f"({error!r:.300}); give one with --model") from None
@@ -364,9 +363,8 @@ class Processor:
         _, rows, columns = batch["image_grid_thw"][0].tolist()
         frame = (columns * patch, rows * patch) if self.coordinates == "pixels" else (1000, 1000)
 
-        text = self.task.instruction + (FORMAT if self.task.sample_answer else "")
-        text = text.format(question=sample.question, width=frame[0], height=frame[1],
-                           example=self.task.sample_answer)
+        text = self.task.instruction.format(question=sample.question, width=frame[0],
+                                            height=frame[1], example=self.task.sample_answer)
         turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
         chat = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         # Templates of thinking models open the thought, but ours is the model's to write.

@@ -473,7 +473,6 @@ def grounding_file(tmp_path, **changes) -> Path:
     (["--image_size", "40000"], "--image_size"),
     (["--model", "no/such/directory"], "no/such/directory"),
     (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
-    (["--max_prompt_length", "20"], "--max_prompt_length 20"),
 ])
 def test_a_mistake_in_a_flag_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, flags,
                                                          message):
