@@ -50,18 +50,16 @@ BOXES = ("For each give its bounding box [x1, y1, x2, y2] and one point [x, y] o
          "to {height} at the bottom. If there is nothing to find, the list is []. ")
 FIND = 'Find everything in the image that matches "{question}". ' + BOXES
 FORMAT = ("First reason about what you see, between <think> and </think>. Then write the answer, "
-          "between <answer> and </answer>. For example: <think>your reasoning</think>{example}")
+          "between <answer> and </answer>. For example: <think>your reasoning</think>")
+OBJECTS = FORMAT + '<answer>[{{"bbox_2d": [120, 85, 480, 571], "point_2d": [310, 352]}}]</answer>'
 
 @dataclass(frozen=True)
 class Task:
     """Wording, label columns, metrics and defaults of a task; docs/data.md shows how to add one."""
-
     name: str
-    instruction: str = FIND + FORMAT
+    prompt: str = FIND + OBJECTS
     kind: str = "objects"         # of answers: "objects", "count" or "math", see rewards.py
     reward: object = rewards.score        # a function with its arguments
-    sample_answer: str = ('<answer>[{"bbox_2d": [120, 85, 480, 571], "point_2d": [310, 352]}]'
-                          '</answer>')
     model: str = "Qwen/Qwen2-VL-2B-Instruct"
     data: str = ""                # default data for training; "" if there is none
     eval_data: str = ""
@@ -75,18 +73,18 @@ TASKS = {task.name: task for task in (
     Task("grounding", data="Ricky06662/ViSurf_multi_non_object_7300_size840",
          eval_data="Ricky06662/grefcoco_val_all"),
     Task("gui", 'Find the one element of this screen to click for this: "{question}". '
-         + BOXES + FORMAT, metrics=("point_in_box", "accuracy", "gIoU")),
-    Task("anomaly", 'Find every defect of the object in the image: "{question}". ' + BOXES + FORMAT,
-         metrics=("anomaly_acc", "ROC-AUC", "accuracy", "gIoU", "cIoU")),
+         + BOXES + OBJECTS, metrics=("point_in_box", "accuracy", "gIoU")),
+    Task("anomaly", 'Find every defect of the object in the image: "{question}". '
+         + BOXES + OBJECTS, metrics=("anomaly_acc", "ROC-AUC", "accuracy", "gIoU", "cIoU")),
     Task("medical"),
-    Task("counting", FIND + "Where there is too much to list, write just their number. " + FORMAT,
+    Task("counting", FIND + "Where there is too much to list, write just their number. " + OBJECTS,
          "count", data="Ricky06662/VisionReasoner_multi_object_7k_840",
          eval_data="Ricky06662/counting_pixmo_test",
          columns=("solution", "bbox", "answer", "count"), metrics=("count_acc", "MAE", "RMSE")),
     # Images keep their shape: a squashed drawing has other angles.
-    Task("math", "{question}\nLook at the image, and find the answer. " + FORMAT, "math",
-         data="hiyouga/geometry3k", eval_data="hiyouga/geometry3k", keep_shape=True,
-         sample_answer=r"<answer>\frac{3}{4}</answer>", columns=("answer", "solution"),
+    Task("math", "{question}\nLook at the image, and find the answer. " + FORMAT
+         + r"<answer>\frac{{3}}{{4}}</answer>", "math", data="hiyouga/geometry3k",
+         eval_data="hiyouga/geometry3k", keep_shape=True, columns=("answer", "solution"),
          metrics=("accuracy",), recipe={"max_completion_length": 1024}),
     # Bundled: its small network knows some hundred words. Thresholds: 2 and 4 pixels of 48.
     Task("digits", "{question}", model=str(ASSETS / "tiny-qwen2-vl"),
@@ -101,7 +99,6 @@ TASKS = {task.name: task for task in (
 @dataclass
 class Sample:
     """A question about an image, and its label."""
-
     id: str
     question: str
     image: object                 # a path, a Pillow image, or a function that finds it
@@ -313,7 +310,6 @@ def move_objects(objects, src_frame, dst_frame, round_to_int=False):
 @dataclass
 class Example:
     """A sample as one checkpoint sees it. P: prompt tokens, image tokens included."""
-
     sample: Sample
     ids: torch.Tensor             # (P,) int64
     pixels: torch.Tensor          # (patches, 3 * temporal * patch * patch) float32
@@ -363,8 +359,7 @@ class Processor:
         _, rows, columns = batch["image_grid_thw"][0].tolist()
         frame = (columns * patch, rows * patch) if self.coordinates == "pixels" else (1000, 1000)
 
-        text = self.task.instruction.format(question=sample.question, width=frame[0],
-                                            height=frame[1], example=self.task.sample_answer)
+        text = self.task.prompt.format(question=sample.question, width=frame[0], height=frame[1])
         turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
         chat = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         # Templates of thinking models open the thought, but ours is the model's to write.
