@@ -240,8 +240,8 @@ def check_object(found, frame):
     valid = (cut[0] < cut[1]) & (corners[0] <= point) & (point <= corners[1])
     valid &= abs(corners - cut).max(axis=0) <= 0.02 * np.array(frame)
     is_share = corners.max() <= 1 < max(frame)
-    require(valid.all() and not is_share, f"no box around its point in {frame[0]} x {frame[1]}, but "
-            f'in another size or to 1000 (add "frame"), x, y, width, height, or before EXIF? {found}')
+    require(valid.all() and not is_share, f"no box with its point in {frame[0]} x {frame[1]}, but "
+            f'of another size, to 1000 (add "frame"), x, y, width, height or before EXIF? {found}')
     found["bbox_2d"] = cut.ravel().tolist()
     found["point_2d"] = point.clip(0, frame).tolist()
 

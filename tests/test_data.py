@@ -663,7 +663,7 @@ def math_row(**changes):
 
 
 UNREADABLE = "no label that grounding can read"
-BEYOND = "no box around its point in "
+BEYOND = "no box with its point in "
 MISTAKES = [
     ("Expecting value", '{"problem": '),
     ("Invalid \\u", '{"problem": "\\ud8"}'),
