@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -28,8 +27,7 @@ import rewards
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 END = "<|im_end|>"                # of a completion
-# The words in names of files and folders that mean a split.
-SPLITS = {"train": ("train",), "validation": ("validation", "val", "dev"), "test": ("test",)}
+SPLIT_WORDS = {"train": ("train",), "validation": ("validation", "val", "dev"), "test": ("test",)}
 CONVERTER = "extras/convert.py takes the rows of LLaVA, VLM-R1 and ms-swift"
 # Answers are in "pixels" of the image that the model sees, or run from 0 to 1000 ("relative").
 COORDINATES = {"qwen2_vl": "relative", "qwen2_5_vl": "pixels", "qwen3_vl": "relative"}
@@ -40,7 +38,7 @@ class UserError(ValueError):
 class DataError(UserError):
     """Data that cannot be used."""
 
-def require(condition, message: str, error=UserError):
+def require(condition, message, error=UserError):
     """Raise an error, with this message, unless the condition holds."""
     if not condition:
         raise error(message)
@@ -52,18 +50,16 @@ BOXES = ("For each give its bounding box [x1, y1, x2, y2] and one point [x, y] o
          "to {height} at the bottom. If there is nothing to find, the list is []. ")
 FIND = 'Find everything in the image that matches "{question}". ' + BOXES
 FORMAT = ("First reason about what you see, between <think> and </think>. Then write the answer, "
-          "between <answer> and </answer>. For example: <think>your reasoning</think>{example}")
+          "between <answer> and </answer>. For example: <think>your reasoning</think>")
+OBJECTS = FORMAT + '<answer>[{{"bbox_2d": [120, 85, 480, 571], "point_2d": [310, 352]}}]</answer>'
 
 @dataclass(frozen=True)
 class Task:
     """Wording, label columns, metrics and defaults of a task; docs/data.md shows how to add one."""
-
     name: str
-    instruction: str = FIND
+    prompt: str = FIND + OBJECTS
     kind: str = "objects"         # of answers: "objects", "count" or "math", see rewards.py
-    reward: Callable = rewards.score
-    sample_answer: str = ('<answer>[{"bbox_2d": [120, 85, 480, 571], "point_2d": [310, 352]}]'
-                          '</answer>')      # "": the format is not asked for
+    reward: object = rewards.score        # a function with its arguments
     model: str = "Qwen/Qwen2-VL-2B-Instruct"
     data: str = ""                # default data for training; "" if there is none
     eval_data: str = ""
@@ -71,30 +67,29 @@ class Task:
     metrics: tuple = ("accuracy", "one_to_one", "gIoU", "cIoU", "N-Acc")     # the main one first
     image_size: int = 840         # images become squares of this side,
     keep_shape: bool = False      # or keep their shape, with as many pixels at most
-    thresholds: rewards.Thresholds = rewards.Thresholds()
     recipe: dict = field(default_factory=dict)        # replaces the defaults of flags
 
 TASKS = {task.name: task for task in (
     Task("grounding", data="Ricky06662/ViSurf_multi_non_object_7300_size840",
          eval_data="Ricky06662/grefcoco_val_all"),
-    Task("gui", 'Find the one element of this screen to click for this: "{question}". ' + BOXES,
-         metrics=("point_in_box", "accuracy", "gIoU")),
-    Task("anomaly", 'Find every defect of the object in the image: "{question}". ' + BOXES,
-         metrics=("anomaly_acc", "ROC-AUC", "accuracy", "gIoU", "cIoU")),
+    Task("gui", 'Find the one element of this screen to click for this: "{question}". '
+         + BOXES + OBJECTS, metrics=("point_in_box", "accuracy", "gIoU")),
+    Task("anomaly", 'Find every defect of the object in the image: "{question}". '
+         + BOXES + OBJECTS, metrics=("anomaly_acc", "ROC-AUC", "accuracy", "gIoU", "cIoU")),
     Task("medical"),
-    Task("counting", FIND + "Where there is too much to list, write just their number. ", "count",
-         data="Ricky06662/VisionReasoner_multi_object_7k_840",
+    Task("counting", FIND + "Where there is too much to list, write just their number. " + OBJECTS,
+         "count", data="Ricky06662/VisionReasoner_multi_object_7k_840",
          eval_data="Ricky06662/counting_pixmo_test",
          columns=("solution", "bbox", "answer", "count"), metrics=("count_acc", "MAE")),
     # Images keep their shape: a squashed drawing has other angles.
-    Task("math", "{question}\nLook at the image, and find the answer. ", "math",
-         data="hiyouga/geometry3k", eval_data="hiyouga/geometry3k", keep_shape=True,
-         sample_answer=r"<answer>\frac{3}{4}</answer>", columns=("answer", "solution"),
+    Task("math", "{question}\nLook at the image, and find the answer. " + FORMAT
+         + r"<answer>\frac{{3}}{{4}}</answer>", "math", data="hiyouga/geometry3k",
+         eval_data="hiyouga/geometry3k", keep_shape=True, columns=("answer", "solution"),
          metrics=("accuracy",), recipe={"max_completion_length": 1024}),
     # Bundled: its small network knows some hundred words. Thresholds: 2 and 4 pixels of 48.
-    Task("digits", "{question}", sample_answer="", model=str(ASSETS / "tiny-qwen2-vl"),
+    Task("digits", "{question}", model=str(ASSETS / "tiny-qwen2-vl"),
          data=str(ASSETS / "digits"), eval_data=str(ASSETS / "digits"), image_size=48,
-         thresholds=rewards.Thresholds(box_l1=2 * 840 / 48, point=4 * 840 / 48),
+         reward=partial(rewards.score, l1_below=2 * 840 / 48, distance_below=4 * 840 / 48),
          recipe={"learning_rate": 2e-4, "max_steps": 240, "batch_size": 8, "micro_batch_size": 8,
                  "max_completion_length": 64, "checkpoint_activations": False}),
 )}
@@ -104,92 +99,86 @@ TASKS = {task.name: task for task in (
 @dataclass
 class Sample:
     """A question about an image, and its label."""
-
     id: str
     question: str
     image: object                 # a path, a Pillow image, or a function that finds it
     label: list[dict] | str       # objects, or the text between the answer tags
     frame: tuple                  # the label's coordinates run to this
     size: tuple                   # of the original image, in whose pixels predictions are reported
-    where: str = ""               # file and row
+    where: str = "a sample"       # file and row
     choices: list = field(default_factory=list)      # the texts of A, B, ...
 
-def load_samples(source, task: Task, split="train", limit=0, skip_bad_rows=False) -> list[Sample]:
+def load_samples(source, task, split="train", limit=0, skip_bad_rows=False):
     """Read and check all samples of a source, or `limit`; the first bad row raises DataError.
-
     source: a .jsonl or .parquet file, a folder, a hub id, or None for the task's own data.
     """
     require(task.kind != "math" or find_spec("math_verify"), "math needs: pip install math-verify")
     source = source or (task.data if split == "train" else task.eval_data)
     require(source, f"task {task.name} has no {split} data of its own: give --data PATH")
     path = fetch(source, "dataset")
-    for name in SPLITS[split]:
+    for name in SPLIT_WORDS[split]:
         if (path / f"{name}.jsonl").is_file():
             path = path / f"{name}.jsonl"
-    rows = path.read_bytes().splitlines() if path.suffix == ".jsonl" else open_table(path, split)
-
+    rows = open_rows(path, split)
     samples = []
     bad_rows = 0
     for number in range(len(rows)):
         if limit and len(samples) == limit:
             break
-        if isinstance(rows, list) and not rows[number].strip():
-            continue
+        where = f"{path}, row {number + 1}"
         try:
-            samples.append(read_sample(rows, number, path, task))
+            samples.append(read_sample(rows, number, path, task, where))
         # Python's own messages are useful too: "cannot reshape array of size 3".
         except (ValueError, TypeError, ArithmeticError, RecursionError) as error:
-            require(skip_bad_rows, f"{path}, row {number + 1}: {error}; see --skip_bad_rows",
-                    DataError)
+            require(skip_bad_rows, f"{where}: {error}; see --skip_bad_rows", DataError)
             bad_rows += 1
     require(samples, f"{path}: no good row, {bad_rows} bad ones; give other data", DataError)
     if bad_rows and os.environ.get("RANK", "0") == "0":
         print(f"{path}: {bad_rows} bad rows skipped")
     return samples
 
-def open_table(path: Path, split: str):
-    """A split of any other data, which the library `datasets` maps into memory."""
+def open_rows(path, split):
+    """Lines of JSON, those that are not blank; or a table, which `datasets` maps into memory."""
+    if path.suffix == ".jsonl":
+        return list(filter(bytes.strip, path.read_bytes().splitlines()))
     try:
-        import datasets
-        for folder in (path, *map(path.joinpath, SPLITS[split])):
+        from datasets import load_dataset, load_from_disk
+        for folder in (path, *map(path.joinpath, SPLIT_WORDS[split])):
             if (folder / "state.json").is_file():
-                return datasets.load_from_disk(str(folder)).with_format("arrow")
+                return load_from_disk(str(folder)).with_format("arrow")
         files = [str(path)] if path.is_file() and path.suffix == ".parquet" else []
         for file in sorted(path.rglob("*.parquet")):
             words = set(re.split("[^a-z]+", str(file.relative_to(path)).lower()))
-            named = [name for name in SPLITS if words.intersection(SPLITS[name])]
+            named = [name for name in SPLIT_WORDS if words.intersection(SPLIT_WORDS[name])]
             if named == [split]:
                 files.append(str(file))
         require(files, "no Parquet file whose path below it names this split, and no other")
-        table = datasets.load_dataset("parquet", data_files=files, split="train")
         # Arrow's format leaves images encoded: a damaged one stops nothing before its turn.
-        return table.with_format("arrow")
+        return load_dataset("parquet", data_files=files, split="train").with_format("arrow")
     except Exception as error:           # damaged files make it raise nearly anything
         raise DataError(f"{path}: no readable {split} data ({error!r:.300}); give JSON lines "
                         f"(.jsonl) or Parquet (pip install datasets); {CONVERTER}") from None
 
-def first_of(row: dict, names):
+def first_of(row, names):
     """The value of the first of these columns that the row has; a null counts as absent."""
     return next((row[name] for name in names if row.get(name) is not None), None)
 
-def read_row(rows, number: int) -> dict:
+def read_row(rows, number):
     """One row of a table, or of a file's lines."""
     if not isinstance(rows, list):
         return rows[number].to_pylist()[0]
-    # A file may begin with UTF-8's mark.
-    is_object = rows[number].lstrip(b"\xef\xbb\xbf \t").startswith(b"{")
+    is_object = re.match(rb"[\xef\xbb\xbf\s]*{", rows[number])     # UTF-8's mark may come first
     require(is_object, f"not a JSON object in UTF-8; {CONVERTER}")
     return json.loads(rows[number])
 
-def read_sample(rows, number: int, path: Path, task: Task) -> Sample:
+def read_sample(rows, number, path, task, where):
     """One row, checked; a ValueError or a TypeError says what is wrong with it."""
     row = read_row(rows, number)
     # EasyR1 writes <image> where the image goes.
     question = str(first_of(row, ("problem", "text")) or "").replace("<image>", "", 1).strip()
     require(not re.search("<image>|<video>", question), "a sample is about one image")
     if task.kind != "math":
-        # The authors ask like this.
-        question = question.lower().strip('.?!" ')
+        question = question.lower().strip('.?!" ')          # as the authors ask
     require(question, f"no 'problem' or 'text', or an empty one; {CONVERTER}")
     choices = row.get("choices") or []
     if isinstance(choices, str):
@@ -205,8 +194,7 @@ def read_sample(rows, number: int, path: Path, task: Task) -> Sample:
     # and those for tests ("text") in pixels of the original.
     pixels = original if row.get("problem") is None else upright
     frame = tuple(row.get("frame") or pixels)
-    for width, height in (frame, original):
-        # Not too large either: eval.py paints masks of this size.
+    for width, height in (frame, original):     # not too large: eval.py paints such masks
         require(width > 0 and height > 0 and width * height < 2e8,
                 "a frame or size is two positive numbers, of at most 200 megapixels in all")
         require((height, width) != upright or width == height,
@@ -216,12 +204,11 @@ def read_sample(rows, number: int, path: Path, task: Task) -> Sample:
     # <|image_pad|> would be one more image, and half a surrogate pair has no tokens.
     require(not re.search(r"<\|[a-z_]{2,}\|>|[\ud800-\udfff]", f"{question} {label}"),
             "a control token or half a character in the question or the answer")
-    where = f"{path}, row {number + 1}"
-    name = first_of(row, ("id", "image_id"))
-    return Sample(where if name is None else str(name), question, image, label, frame, original,
-                  where, [str(choice) for choice in choices])
+    name = first_of(row | {"row": where}, ("id", "image_id", "row"))
+    choices = list(map(str, choices))
+    return Sample(str(name), question, image, label, frame, original, where, choices)
 
-def read_label(row: dict, task: Task, frame, choices) -> list[dict] | str:
+def read_label(row, task, frame, choices):
     """A row's label, read as an answer is: what no completion could say is no label."""
     value = first_of(row, task.columns)
     if value is None and task.kind == "objects" and row.get("mask") is not None:
@@ -230,12 +217,10 @@ def read_label(row: dict, task: Task, frame, choices) -> list[dict] | str:
         value = list(Image.fromarray(mask).getbbox() or ())
     require(value is not None, f"no {' or '.join(map(repr, task.columns))}")
     if task.kind == "math" and choices and not isinstance(value, str) and value not in choices:
-        # ScienceQA's answers are indices.
         require(value in range(len(choices)), f"{value} is no choice, nor its index from 0")
-        value = str(choices[int(value)])
+        value = str(choices[int(value)])                    # as ScienceQA answers
     if isinstance(value, list) and not any(isinstance(found, dict) for found in value):
-        # One flat box, or a list of boxes.
-        value = [{"bbox_2d": box} for box in np.reshape(value, (-1, 4)).tolist()]
+        value = [{"bbox_2d": box} for box in np.reshape(value, (-1, 4)).tolist()]  # one or more
     # Some columns hold the objects, others their JSON text; an answer is a text.
     text = value if isinstance(value, str) else json.dumps(value)
     # Tables with gaps hold counts as 24.0.
@@ -246,30 +231,28 @@ def read_label(row: dict, task: Task, frame, choices) -> list[dict] | str:
             check_object(found, frame)
     return label
 
-def check_object(found: dict, frame):
+def check_object(found, frame):
     """Check a labelled object, cut it to its frame, and give it a point if it has none."""
     require("bbox_2d" in found, f"bbox_2d is four numbers: {found}")
     corners = np.reshape(found["bbox_2d"], (2, 2))
-    # Labels overshoot their image by a pixel now and then.
-    cut = corners.clip(0, frame)
+    cut = corners.clip(0, frame)         # labels overshoot by a pixel now and then
     point = np.asarray(found.get("point_2d", cut.mean(axis=0)))
     valid = (cut[0] < cut[1]) & (corners[0] <= point) & (point <= corners[1])
     valid &= abs(corners - cut).max(axis=0) <= 0.02 * np.array(frame)
     is_share = corners.max() <= 1 < max(frame)
-    require(valid.all() and not is_share, f"a box is inside out, or without its point, or not in "
-            f'{frame[0]} x {frame[1]}: {found}. It may run to 1, to 1000 or to another size (add '
-            '"frame"), be x, y, width, height, or be drawn before an EXIF turn')
+    require(valid.all() and not is_share, f"no box with its point in {frame[0]} x {frame[1]}, but "
+            f'of another size, to 1000 (add "frame"), x, y, width, height or before EXIF? {found}')
     found["bbox_2d"] = cut.ravel().tolist()
     found["point_2d"] = point.clip(0, frame).tolist()
 
-def fingerprint(samples: list[Sample]) -> str:
+def fingerprint(samples):
     """A hash of what samples ask and expect, in order; paths, ids and pixels do not count."""
     content = [(sample.question, sample.label, sample.frame, sample.size) for sample in samples]
     return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
 # ---- Images and geometry -------------------------------------------------------------------------
-def find_image(rows, number: int, folder: Path) -> Path | BytesIO:
+def find_image(rows, number, folder):
     """The file that a row names, or the encoded image that it holds."""
     cell = first_of(read_row(rows, number), ("image", "images"))
     if isinstance(cell, list) and cell:
@@ -306,7 +289,7 @@ def open_image(source, only_size=False):
     except Exception as error:           # damaged files make Pillow raise nearly anything
         raise DataError(f"unreadable image ({error})") from None
 
-def move_objects(objects, src_frame, dst_frame, round_to_int: bool = False):
+def move_objects(objects, src_frame, dst_frame, round_to_int=False):
     """New objects with the same boxes and points in another frame; a text, or None, stays."""
     def move(numbers):
         corners = np.reshape(numbers, (-1, 2)) * dst_frame / src_frame      # of a point: itself
@@ -327,7 +310,6 @@ def move_objects(objects, src_frame, dst_frame, round_to_int: bool = False):
 @dataclass
 class Example:
     """A sample as one checkpoint sees it. P: prompt tokens, image tokens included."""
-
     sample: Sample
     ids: torch.Tensor             # (P,) int64
     pixels: torch.Tensor          # (patches, 3 * temporal * patch * patch) float32
@@ -338,45 +320,35 @@ class Example:
 class Processor:
     """Turns samples into a checkpoint's inputs, and completions into text and rewards."""
 
-    def __init__(self, path, task: Task, image_size=None, max_prompt_length=np.inf,
-                 max_completion_length=np.inf):
-        """Read the files beside a checkpoint's weights; image_size replaces the task's."""
-        path = Path(path)
+    def __init__(self, path, task, image_size=None, max_completion_length=np.inf):
         self.task = task
         self.image_size = image_size or task.image_size
-        self.max_prompt_length = np.inf
         self.max_completion_length = np.inf
         try:
-            from transformers import AutoTokenizer, Qwen2VLImageProcessorPil     # takes seconds
-            config = json.loads((path / "config.json").read_text("utf-8"))
-            self.coordinates = config.get("coordinates") or COORDINATES[config["model_type"]]
-            limits = {"max_pixels": self.image_size ** 2} if task.keep_shape else {}
-            self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(path, **limits)
-            for name in ("patch_size", "temporal_patch_size", "merge_size"):
-                size = getattr(self.image_processor, name)
-                wanted = config["vision_config"].get(name.replace("merge", "spatial_merge"), size)
-                require(size == wanted, f"{name} {size} of images, {wanted} in config.json")
+            from transformers import AutoConfig, AutoTokenizer, Qwen2VLImageProcessorPil
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+            self.coordinates = getattr(config, "coordinates", COORDINATES[config.model_type])
+            vision = config.vision_config          # patches are as the network takes them
+            self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(
+                path, max_pixels=self.image_size ** 2, merge_size=vision.spatial_merge_size,
+                patch_size=vision.patch_size, temporal_patch_size=vision.temporal_patch_size)
             self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-            template = path / "chat_template.json"
-            if template.is_file():
+            template = Path(path, "chat_template.json")
+            if template.exists():                  # where transformers 4 wrote it
                 self.tokenizer.chat_template = json.loads(template.read_text())["chat_template"]
             # If its files are missing, transformers makes an empty tokenizer.
             image_id = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
-            require(image_id == config["image_token_id"], "its tokenizer is another model's")
+            require(image_id == config.image_token_id, "its tokenizer is another model's")
             # An empty picture shows now whether template, tokenizer and images fit together.
             picture = Image.new("RGB", (56, 56))
-            self.blank = self.encode(
-                Sample("", "nothing", picture, "", picture.size, picture.size, "an empty picture"))
+            self.blank = self.encode(Sample("", "nothing", picture, "", (56, 56), (56, 56)))
         except Exception as error:       # foreign files make their readers raise nearly anything
             raise UserError(f"{path}: not a complete Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint "
                             f"({error!r:.300}); give one with --model") from None
-        require(len(self.blank.ids) <= max_prompt_length, "the shortest prompt has "
-                f"{len(self.blank.ids)} tokens: --max_prompt_length {max_prompt_length} is too low")
-        self.max_prompt_length = max_prompt_length
         self.max_completion_length = max_completion_length
 
-    def encode(self, sample: Sample) -> Example:
-        """Image, prompt and label as the network takes them; a long prompt is never truncated."""
+    def encode(self, sample):
+        """Image, prompt and label as the network takes them; a prompt is never truncated."""
         patch, merge = self.image_processor.patch_size, self.image_processor.merge_size
         try:
             image = open_image(sample.image)
@@ -390,14 +362,11 @@ class Processor:
         _, rows, columns = batch["image_grid_thw"][0].tolist()
         frame = (columns * patch, rows * patch) if self.coordinates == "pixels" else (1000, 1000)
 
-        text = self.task.instruction + (FORMAT if self.task.sample_answer else "")
-        text = text.format(question=sample.question, width=frame[0], height=frame[1],
-                           example=self.task.sample_answer)
-        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
-        prompt = self.tokenizer.apply_chat_template([turn], tokenize=False,
-                                                    add_generation_prompt=True)
+        text = self.task.prompt.format(question=sample.question, width=frame[0], height=frame[1])
+        turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+        chat = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         # Templates of thinking models open the thought, but ours is the model's to write.
-        prompt = re.sub(r"<think>\s*$", "", prompt)
+        prompt = re.sub(r"<think>\s*$", "", chat)
         require(prompt.count("<|image_pad|>") == 1, "its chat template does not show one image")
         # The template writes one <|image_pad|>; the network takes one for each image token.
         slots = "<|image_pad|>" * (rows * columns // merge**2)
@@ -406,28 +375,25 @@ class Processor:
         # Written as short as can be. No rollout can be right if this is too long.
         answer = label if isinstance(label, str) else json.dumps(label, separators=(",", ":"))
         length = len(self.token_ids(f"<answer>{answer}</answer>{END}"))
-        require(len(ids) <= self.max_prompt_length, f"{sample.where}: a prompt of {len(ids)} "
-                f"tokens: --max_prompt_length {self.max_prompt_length} is too low", DataError)
         require(length <= self.max_completion_length, f"{sample.where}: a label of {length} tokens:"
                 f" --max_completion_length {self.max_completion_length} is too low", DataError)
         return Example(sample, ids, batch["pixel_values"], batch["image_grid_thw"], label, frame)
 
-    def token_ids(self, text: str) -> torch.Tensor:
+    def token_ids(self, text):
         """(T,) int64, always of a whole text: tokens merge across the seams of its parts."""
         return torch.tensor(self.tokenizer.encode(text, add_special_tokens=False), dtype=torch.long)
 
-    def decode(self, ids, finished: bool = True) -> str:
+    def decode(self, ids, finished=True):
         """The text of a completion, without the end token of one that is finished."""
         ids = ids[:-1] if finished else ids
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
-    def score(self, completion: str, example: Example) -> dict[str, float]:
+    def score(self, completion, example):
         """The reward components of a completion: see rewards.py."""
         return self.task.reward(completion, example.label, kind=self.task.kind,
-                                frame=example.frame, thresholds=self.task.thresholds,
-                                choices=example.sample.choices)
+                                frame=example.frame, choices=example.sample.choices)
 
-def fetch(name, kind: str = "model") -> Path:
+def fetch(name, kind="model"):
     """The folder of a "model" or a "dataset": a local path as it is, or a repository on the hub."""
     if Path(name).exists():
         return Path(name)
@@ -436,8 +402,8 @@ def fetch(name, kind: str = "model") -> Path:
     require(is_hub_id, f"{name}: no such file or folder, nor owner/name as on the Hugging Face hub")
     try:
         from huggingface_hub import snapshot_download
-        return Path(snapshot_download(str(name), repo_type=kind,
-                                      ignore_patterns=["*.bin", "*.pt*", "*.py"]))
+        unused = ["*.bin", "*.pt*", "*.py"]
+        return Path(snapshot_download(str(name), repo_type=kind, ignore_patterns=unused))
     except Exception as error:           # no such name, no network, a full disk
         raise UserError(f"{name}: no such folder, nor does the Hugging Face hub give it "
                         f"({error!r:.300}); give a name that exists, or try again") from None

@@ -15,33 +15,22 @@ import logging
 import os
 import re
 import signal
-from dataclasses import dataclass
 from functools import cache
 from string import ascii_uppercase
 
 import numpy as np
 
-MAX_OBJECTS = 120
-# The point in 0.5 does not end a sentence.
-SENTENCE = re.compile(r"(?:[^.!?\n。！？]|(?<=\d)\.(?=\d))+")
+SENTENCE = re.compile(r"(?:[^.!?\n。！？]|(?<=\d)\.(?=\d))+")    # the point of 0.5 ends none
 # Math-verify knows neither full-width characters nor the root sign.
-CHARACTERS = dict(zip(range(0xFF01, 0xFF5F), range(0x21, 0x7F))) | {ord("√"): r"\sqrt "}
+CHARACTERS = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {ord("√"): r"\sqrt "}
 # Math-verify multiplies the letters of words (dog = god), reads 1 1/2 as 1, and long texts slowly.
 NO_FORMULA = re.compile(r"(?s)^[a-zA-Z ]{3,}$|\d\s+\d|.{201}")
 
-@dataclass(frozen=True)
-class Thresholds:
-    """A pair agrees above this IoU, and below these distances in pixels of 840 x 840."""
-    iou: float = 0.5
-    box_l1: float = 10.0         # mean difference of the four numbers
-    point: float = 30.0
-
-def score(completion, label, kind="objects", frame=(840, 840), thresholds=Thresholds(), choices=()):
+def score(completion, label, kind="objects", frame=(840, 840), choices=(), **thresholds):
     """The reward of a completion by component, a dict: those above that its kind of answer has.
 
-    label: objects with "bbox_2d" and perhaps "point_2d", in coordinates that run to frame (width,
-    height); or text, the number in counting, the answer in mathematics (perhaps one of `choices`).
-    kind: "count", "math", or else objects.
+    label: objects with "bbox_2d" and perhaps "point_2d" that run to frame (width, height), or text.
+    kind: "count", "math", or else objects. thresholds: see accuracy_score, in pixels of 840 x 840.
 
     >>> score('<answer>[{"bbox_2d": [0, 0, 50, 60]}]</answer>', [{"bbox_2d": [0, 0, 50, 50]}])
     {'thinking': 0.0, 'format': 1.0, 'accuracy': 2.0, 'non_repeat': 1.0}
@@ -54,7 +43,7 @@ def score(completion, label, kind="objects", frame=(840, 840), thresholds=Thresh
         right = predicted is not None and same_answer(predicted, label, choices)
         return components | {"format": float(predicted is not None), "accuracy": float(right)}
     return components | {"format": format_score(predicted, label),
-                         "accuracy": accuracy_score(predicted, label, frame, thresholds),
+                         "accuracy": accuracy_score(predicted, label, frame, **thresholds),
                          "non_repeat": non_repeat(completion)}
 
 def has_thinking(completion):
@@ -82,7 +71,7 @@ def count(answer):
     """How many objects an answer or a label lists or, as text, names."""
     return int(answer) if isinstance(answer, str) else len(answer)
 
-def accuracy_score(predicted, label, frame, thresholds):
+def accuracy_score(predicted, label, frame, iou_above=0.5, l1_below=10, distance_below=30):
     """0 to 3: for the best matching of n predicted with m labelled objects, or for their number."""
     if predicted is None:
         return 0.0
@@ -94,24 +83,22 @@ def accuracy_score(predicted, label, frame, thresholds):
     found = [[*item.get("bbox_2d", [0] * 4), *item.get("point_2d", [np.inf] * 2)]
              for item in predicted]
     found = np.array(found)[:, None]                                          # (n, 1, 6)
-    # A label without a point means the centre of its box.
     wanted = []
     for item in label:
-        x1, y1, x2, y2 = item["bbox_2d"]
-        point = item.get("point_2d") or [(x1 + x2) / 2, (y1 + y2) / 2]
-        wanted.append([x1, y1, x2, y2, *point])
+        centre = np.reshape(item["bbox_2d"], (2, 2)).mean(axis=0)
+        wanted.append([*item["bbox_2d"], *(item.get("point_2d") or centre)])
     wanted = np.array(wanted)                                                 # (m, 6)
 
-    offset = abs(found - wanted) * np.tile(840 / np.array(frame), 3)          # (n, m, 6)
+    offset = abs(found - wanted) * 840 / np.tile(frame, 3)                   # (n, m, 6)
     l1 = offset[..., :4].mean(axis=2)                                         # (n, m)
     distance = np.linalg.norm(offset[..., 4:], axis=2)                        # (n, m)
     # A box needs an area, and a point must lie in its own box, edge included.
     low, high, point = np.split(found, 3, axis=2)                             # (n, 1, 2) each
     has_area = (low < high).all(axis=2)                                       # (n, 1)
     inside = ((low <= point) & (point <= high)).all(axis=2)                   # (n, 1)
-    near = inside & (distance < thresholds.point)
+    near = inside & (distance < distance_below)
     overlap = iou(found[..., :4], wanted[:, :4])
-    agree = [overlap > thresholds.iou, l1 < thresholds.box_l1, near]
+    agree = [overlap > iou_above, l1 < l1_below, near]
     gains = has_area * np.sum(agree, axis=0)                                  # (n, m), 0 to 3
     # Divided by the larger number, an object too many costs as much as one too few.
     return float(sum(gains[pair] for pair in match(gains)) / max(gains.shape))
@@ -123,52 +110,44 @@ def iou(boxes_a, boxes_b):
     sides = np.minimum(high_a, high_b) - np.maximum(low_a, low_b)             # (n, m, 2)
     intersection = sides.clip(0).prod(axis=2)
     areas = (high_a - low_a).prod(axis=2) + (high_b - low_b).prod(axis=2)
-    # Two empty boxes have 0.
-    return intersection / np.maximum(areas - intersection, 1e-12)
+    return intersection / np.maximum(areas - intersection, 1e-12)             # two empty ones: 0
 
 def match(gains):
     """(row, column) pairs of integer gains (n, m) >= 0, one-to-one, with the largest sum; none 0.
-
-    The Hungarian method (Kuhn 1955), by shortest augmenting paths (Jonker and Volgenant 1987).
+    This is the Hungarian method (Kuhn 1955, Munkres 1957).
 
     >>> match([[3, 2], [3, 0]])      # 2 + 3 beats 3 + 0
     [(0, 1), (1, 0)]
     """
-    gains = np.asarray(gains, float)
+    gains = np.asarray(gains, int)
     n, m = gains.shape
     if n > m:
-        return sorted((row, column) for column, row in match(gains.T))
-    # The largest gain costs 0.
-    costs = gains.max(initial=0) - gains
-    column_of = np.full(n, -1)
+        return sorted(pair[::-1] for pair in match(gains.T))
+    # How far the prices of a row and a column together are above their gain: 0 where they match.
+    loss = gains.max(initial=0) - gains
     row_of = np.full(m, -1)
+    def place(row):
+        """Give a row a column without loss; the row that has it already must find another."""
+        columns = np.flatnonzero(loss[row] == 0)
+        for column in columns[np.argsort(row_of[columns])]:      # free ones, of row -1, first
+            if is_new[column]:
+                is_new[column] = False
+                if row_of[column] < 0 or place(row_of[column]):
+                    row_of[column] = row
+                    return True
+        return False
+
     for new_row in range(n):
-        # Dijkstra's shortest path to a free column; a taken one is passed by moving its row on.
-        distance = costs[new_row].copy()
-        came_from = np.full(m, new_row)
-        # Of equally near columns, a free one comes first. None is visited twice.
-        handicap = np.where(row_of < 0, 0, 0.5)
-        column = np.argmin(distance + handicap)
-        while row_of[column] >= 0:
-            row = row_of[column]
-            handicap[column] = np.inf
-            through = distance[column] + costs[row]
-            shorter = through < distance
-            distance[shorter] = through[shorter]
-            came_from[shorter] = row
-            column = np.argmin(distance + handicap)
-        # Potentials, added to whole rows and columns, change no matching's rank. Pairs of the path
-        # then cost 0, as matched pairs do, and none costs less.
-        surplus = np.maximum(distance[column] - distance, 0)
-        costs += surplus
-        costs[:new_row] -= surplus[column_of[:new_row], None]
-        costs[new_row] -= distance[column]
-        # Back along the path, each row takes the column it led to, and leaves its own.
-        while column >= 0:
-            row = came_from[column]
-            row_of[column] = row
-            column_of[row], column = column, column_of[row]
-    return [(row, column) for row, column in enumerate(column_of.tolist()) if gains[row, column]]
+        is_new = np.full(m, True)
+        while not place(new_row):
+            # Prices of all rows that looked fall, and those of columns they found taken rise.
+            rows = [new_row, *row_of[~is_new]]
+            step = loss[rows][:, is_new].min()
+            loss[rows] -= step
+            loss[:, ~is_new] += step
+            is_new[:] = True
+    pairs = zip(row_of.tolist(), range(m))
+    return sorted(pair for pair in pairs if pair[0] >= 0 and gains[pair])
 
 def split_completion(completion):
     """The prose before the last `<answer>` outside thinking, and the answer, None if not closed."""
@@ -192,7 +171,7 @@ def read_answer(completion, kind="objects"):
         objects = json.loads(text, parse_int=float, parse_constant=int)
     except (ValueError, RecursionError):     # not JSON, or nested too deep
         return None
-    if not isinstance(objects, list) or len(objects) > MAX_OBJECTS:
+    if not isinstance(objects, list) or len(objects) > 120:
         return None
     for index, found in enumerate(objects):
         if not isinstance(found, dict):
@@ -208,40 +187,41 @@ def read_answer(completion, kind="objects"):
 
 def same_answer(predicted, label, choices=()):
     """Whether answers are one choice or text, or equal to math-verify; ImportError without it."""
-    texts = [meaning(label, choices), meaning(predicted, choices)]
-    if texts[0].casefold() == texts[1].casefold():
+    gold = meaning(label, choices)
+    answer = meaning(predicted, choices)
+    if gold.casefold() == answer.casefold():
         return True
-    if any(map(NO_FORMULA.search, texts)):
+    if NO_FORMULA.search(gold) or NO_FORMULA.search(answer):
         return False
-    parse, verify = load_math_verify()
-    # A child process judges. After half a second of work the kernel ends it, even in a step in
-    # which Python handles no signals, as 9^{9^{9^9}} is to gmpy2. The pair is not equal, then.
+    # What sympy loads and prepares at first need takes longer than most pairs: do it here, once.
+    equal_formulas("x(x+1)", "x^2+x")
+    # A child judges. After half a second of work the kernel ends it, even in a step in which Python
+    # handles no signals, as 9^{9^{9^9}} is to gmpy2. The pair is not equal, then.
     child = os.fork()
     if child == 0:
-        status = 1
         try:
             signal.setitimer(signal.ITIMER_PROF, 0.5)
-            gold, answer = [parse(f"${text}$", parsing_timeout=None) for text in texts]
-            status = int(not verify(gold, answer, timeout_seconds=None))
+            signal.alarm(60)                     # should it wait and not work
+            os._exit(not equal_formulas(gold, answer))
         finally:
-            os._exit(status)
+            os._exit(1)
     return os.waitpid(child, 0)[1] == 0
 
 @cache
-def load_math_verify():
-    """Math-verify's parse and verify, ready to be called without their own limits of time."""
+def equal_formulas(gold, answer):
+    """Math-verify's judgement. It may take for ever, or crash."""
     from math_verify import parse, verify
-    # It warns that limits are off: they are alarms, which only the main thread could set.
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
-    # What sympy loads and prepares at first need takes longer than most pairs.
-    x_squared = parse("$x^2+x$", parsing_timeout=None)
-    verify(parse("$x(x+1)$", parsing_timeout=None), x_squared, timeout_seconds=None)
-    return parse, verify
+    # It warns that its limits of time are off: alarms, which only the main thread could set.
+    logging.getLogger("math_verify").setLevel("CRITICAL")
+    gold = parse(f"${gold}$", parsing_timeout=None)
+    answer = parse(f"${answer}$", parsing_timeout=None)
+    return verify(gold, answer, timeout_seconds=None)
 
-def meaning(answer, choices):
+def meaning(answer, choices=()):
     """An answer in plain characters, without its box; the text of a choice for letter or index."""
     unboxed = re.sub(r"^\\boxed\{((?!.*\\boxed).*)\}[\s.]*$", r"\1", answer.strip())
-    text, *options = [t.translate(CHARACTERS).strip().rstrip(" .") for t in [unboxed, *choices]]
+    text = unboxed.translate(CHARACTERS).strip().rstrip(" .")
+    options = [meaning(choice) for choice in choices]
     names = dict(zip(ascii_uppercase, options))
     # Among choices that have numbers, a number is no index.
     if not re.search(r"\d", "".join(options)):

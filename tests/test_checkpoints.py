@@ -81,8 +81,6 @@ def test_a_mutated_checkpoint_works_or_is_named_in_one_line(tmp_path, seed):
     (lambda base: change(base / "config.json", video_token_id=5000), "5000"),
     (lambda base: change(base / "generation_config.json", eos_token_id="2"), "'2'"),
     (lambda base: change(base / "generation_config.json", eos_token_id=999999), "999999"),
-    (lambda base: change(base / "preprocessor_config.json", merge_size=1), "merge_size 1"),
-    (lambda base: change(base / "preprocessor_config.json", temporal_patch_size=1), "temporal_patch_size 1"),
     (lambda base: (base / "chat_template.jinja").write_text("{% if"), "not a complete"),
     (lambda base: (base / "chat_template.jinja").unlink(), "chat.template"),
 ])

@@ -400,15 +400,6 @@ def test_a_label_is_tokenised_as_one_string(load_processor):
     assert processor.decode([]) == processor.decode([], finished=False) == ""
 
 
-def test_a_prompt_that_is_too_long_names_the_sample_and_both_numbers(load_processor):
-    sample = make_sample(Image.new("RGB", (100, 60)), where="a.jsonl, row 3")
-    length = len(load_processor("qwen2_vl").encode(sample).ids)
-    assert len(load_processor("qwen2_vl", max_prompt_length=length).encode(sample).ids) == length
-    message = mistake(load_processor("qwen2_vl", max_prompt_length=length - 1).encode, sample)
-    assert message.startswith("a.jsonl, row 3: ") and f" {length} tokens" in message
-    assert f"--max_prompt_length {length - 1}" in message
-
-
 @pytest.mark.parametrize("label", [LABEL, LABEL * 3, [], "two words"])
 def test_a_label_too_long_for_any_completion_names_its_row_and_both_numbers(load_processor, label):
     """Its shortest text and the end token must fit, as a completion's must. Evaluation sets no limit."""
@@ -449,7 +440,7 @@ def change(name, **entries):
     lambda folder: (folder / "preprocessor_config.json").write_text("[]"),
     change("config.json", model_type="llama"),
     change("config.json", image_token_id=1),
-    change("chat_template.json", chat_template="no image"),
+    change("tokenizer_config.json", chat_template="no image"),
     change("tokenizer_config.json", tokenizer_class="NoTokenizer"),
     lambda folder: [file.unlink() for file in folder.glob("[vmt]*")]])
 def test_a_bad_checkpoint_folder_is_one_line(checkpoints, tmp_path, damage):
@@ -458,6 +449,19 @@ def test_a_bad_checkpoint_folder_is_one_line(checkpoints, tmp_path, damage):
     damage(folder)
     message = mistake(Processor, folder, GROUNDING)
     assert str(folder) in message and "--model" in message
+
+
+@pytest.mark.parametrize("changes", [{"patch_size": 7}, {"temporal_patch_size": 1}, {"merge_size": 4}])
+def test_patches_are_those_of_the_network(checkpoints, load_processor, tmp_path, changes):
+    """An image processor's settings cannot contradict config.json, for what it says is used."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(checkpoints["qwen2_vl"], folder)
+    change("preprocessor_config.json", **changes)(folder)
+    sample = make_sample(Image.new("RGB", (100, 60)))
+    expected = load_processor("qwen2_vl").encode(sample)
+    found = Processor(folder, GROUNDING).encode(sample)
+    assert torch.equal(found.pixels, expected.pixels) and torch.equal(found.ids, expected.ids)
+    assert found.grid_thw.tolist() == expected.grid_thw.tolist()
 
 
 def test_a_completion_is_scored_by_its_task_in_the_models_frame(load_processor):
@@ -659,7 +663,7 @@ def math_row(**changes):
 
 
 UNREADABLE = "no label that grounding can read"
-BEYOND = "a box is inside out, or without its point, or not in "
+BEYOND = "no box with its point in "
 MISTAKES = [
     ("Expecting value", '{"problem": '),
     ("Invalid \\u", '{"problem": "\\ud8"}'),
@@ -710,11 +714,11 @@ def test_a_bad_row_is_named_or_skipped_and_counted(tmp_path, capsys, complaint, 
     if task.name == "math":
         pytest.importorskip("math_verify")
     message = mistake(load_samples, file, task)
-    assert message.startswith(f"{file}, row 3: ") and complaint in message
+    assert message.startswith(f"{file}, row 2: ") and complaint in message
     assert "--skip_bad_rows" in message
     assert capsys.readouterr().out == ""
     samples = load_samples(file, task, skip_bad_rows=True)
-    assert [s.where for s in samples] == [f"{file}, row 1", f"{file}, row 4"]
+    assert [s.where for s in samples] == [f"{file}, row 1", f"{file}, row 3"]
     assert capsys.readouterr().out == f"{file}: 1 bad rows skipped\n"
 
 
@@ -795,7 +799,7 @@ def test_overshoot_of_two_percent_is_cut_and_a_point_goes_with_it(tmp_path):
 def test_a_box_that_cannot_be_of_its_image_is_refused_with_the_usual_reasons(tmp_path, box, row):
     """Cut, as it was once, it would teach another box, with its point on an edge."""
     message = mistake(load_row, tmp_path, row | {"bbox": [box]})
-    assert "row 1: " + BEYOND + "100 x 80: " in message
+    assert "row 1: " + BEYOND + "100 x 80, but " in message
     for reason in ("1000", "another size", '"frame"', "x, y, width, height", "EXIF"):
         assert reason in message
 
@@ -832,9 +836,9 @@ def test_an_id_may_be_zero(tmp_path):
         assert load_row(tmp_path, train_row(**columns)).id == name
 
 
-def test_blank_lines_are_no_rows_but_count_as_lines(tmp_path):
+def test_blank_lines_are_no_rows(tmp_path):
     file = write_rows(tmp_path, ["", "  \t", train_row(), " \r", train_row(), "\v"])
-    assert [s.where for s in load_samples(file, GROUNDING)] == [f"{file}, row 3", f"{file}, row 5"]
+    assert [s.where for s in load_samples(file, GROUNDING)] == [f"{file}, row 1", f"{file}, row 2"]
 
 
 @pytest.mark.parametrize("text", [

@@ -11,7 +11,6 @@ from conftest import ROOT
 import data
 import make_digits
 import make_tiny
-import rewards
 from data import TASKS, Processor, load_samples
 
 DIGITS = TASKS["digits"]
@@ -122,7 +121,7 @@ def test_the_bundled_checkpoint_reads_the_bundled_data():
     assert example.ids.tolist() == processor.token_ids(chat).tolist()
     assert processor.tokenizer.unk_token_id not in example.ids, "its words are all known"
     assert example.frame == (48, 48) and example.pixels.shape == (64, 216)
-    assert DIGITS.thresholds == rewards.Thresholds(0.5, pytest.approx(35), pytest.approx(70))
+    assert DIGITS.reward.keywords == pytest.approx({"l1_below": 35, "distance_below": 70})
     assert Path(DIGITS.model).is_absolute() and Path(DIGITS.data).is_absolute()
     template = (Path(DIGITS.model) / "chat_template.jinja").read_text()
     assert template == make_tiny.CHAT_TEMPLATE

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 from pathlib import Path
 
@@ -352,11 +352,11 @@ def test_a_batch_is_opened_when_its_turn_comes_and_the_order_is_that_of_the_samp
 
 
 def test_rows_that_cannot_be_used_are_named_and_all_others_answered(monkeypatch, tmp_path):
-    """A truncated image and a prompt that is too long, met in the middle of an evaluation."""
-    processor = make_processor(tmp_path, max_prompt_length=200)
+    """A truncated image and one that the image processor refuses, met in the middle of an evaluation."""
+    processor = make_processor(tmp_path, replace(DIGITS, keep_shape=True))
     speak(monkeypatch, processor, lambda example: "<answer>[]</answer>")
     samples = [make_sample(str(n)) for n in range(5)]
-    samples[1].image, samples[3].question = b"\x89PNG\r\n", "long " * 100
+    samples[1].image, samples[3].image = b"\x89PNG\r\n", Image.new("RGB", (900, 3))
     for batch_size in (1, 2, 5):
         found, bad = evaluation.evaluate(None, processor, samples, batch_size=batch_size)
         assert [r["id"] for r in found] == ["0", "2", "4"]
