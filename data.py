@@ -43,7 +43,6 @@ def require(condition, message, error=UserError):
     if not condition:
         raise error(message)
 
-
 # ---- Tasks ---------------------------------------------------------------------------------------
 BOXES = ("For each give its bounding box [x1, y1, x2, y2] and one point [x, y] on it, in whole "
          "numbers: x runs from 0 at the left edge to {width} at the right, y from 0 at the top "
@@ -93,7 +92,6 @@ TASKS = {task.name: task for task in (
          recipe={"learning_rate": 2e-4, "max_steps": 240, "batch_size": 8, "micro_batch_size": 8,
                  "max_completion_length": 64, "checkpoint_activations": False}),
 )}
-
 
 # ---- From rows to samples ------------------------------------------------------------------------
 @dataclass
@@ -186,7 +184,6 @@ def read_sample(rows, number, path, task, where):
     require(isinstance(choices, list) and len(choices) <= 26, "choices are a list of at most 26")
     if choices:
         question += "\nChoices: " + ", ".join(map("{}. {}".format, ascii_uppercase, choices))
-
     image = partial(find_image, rows, number, path if path.is_dir() else path.parent)
     upright = open_image(image, only_size=True)
     original = (int(row.get("img_width") or upright[0]), int(row.get("img_height") or upright[1]))
@@ -250,7 +247,6 @@ def fingerprint(samples):
     content = [(sample.question, sample.label, sample.frame, sample.size) for sample in samples]
     return hashlib.sha256(repr(content).encode()).hexdigest()
 
-
 # ---- Images and geometry -------------------------------------------------------------------------
 def find_image(rows, number, folder):
     """The file that a row names, or the encoded image that it holds."""
@@ -300,11 +296,9 @@ def move_objects(objects, src_frame, dst_frame, round_to_int=False):
                 corners[0] = np.minimum(corners[0], np.subtract(dst_frame, 1))
                 corners[1] = np.maximum(corners[1], corners[0] + 1)
         return corners.ravel().tolist()
-
     if not isinstance(objects, list):
         return objects
     return [{name: move(numbers) for name, numbers in found.items()} for found in objects]
-
 
 # ---- From a sample to what the network reads -----------------------------------------------------
 @dataclass

@@ -9,7 +9,6 @@ samples -> `evaluate` -> results, a dict each, in pixels of the ORIGINAL image -
 import argparse
 import json
 import os
-import re
 import signal
 import sys
 import time
@@ -52,13 +51,11 @@ def flag(default, help, low=0, high=np.inf, **words):
 @dataclass
 class Common:
     """Flags of train.py and eval.py."""
-
     task: str = flag("digits", "what to ask of the images", choices=tuple(data.TASKS))
     model: str = flag("", "checkpoint directory or hub id")
     data: str = flag("", "file, folder or hub id")
     output_dir: str = flag("", "by default runs/TASK-METHOD, or runs/eval-TASK-MODEL")
-    max_completion_length: int = flag(512, "tokens; while training, memory grows by its square",
-                                      1, 8192)
+    max_completion_length: int = flag(512, "tokens; memory grows by its square", 1, 8192)
     image_size: int = flag(0, "side of images in pixels", 1, 8192)
     skip_bad_rows: bool = flag(False, "leave out rows that cannot be used, and count them")
     cuda_graph: bool = flag(True, "on a GPU, capture the decoding step: faster")
@@ -67,7 +64,6 @@ class Common:
 @dataclass
 class Settings(Common):
     """Evaluate a checkpoint by its greedy answers. The task decides some defaults."""
-
     split: str = flag("test", "of the data", choices=("train", "validation", "test"))
     limit: int = flag(0, "only the first so many samples, 0: all")
     eval_batch_size: int = flag(32, "prompts answered at a time", 1, 4096)
@@ -105,8 +101,7 @@ def evaluate(network, processor, samples, max_new_tokens=512, batch_size=32, cud
     results = []
     bad_rows = []
     shared = my_share(samples)
-    # To tqdm, None means a bar in terminals only.
-    quiet = None if is_first() else True
+    quiet = None if is_first() else True     # None: a bar in terminals only
     for first in tqdm(range(0, len(shared), batch_size), "evaluating", leave=False, disable=quiet):
         if received_signals:
             break
@@ -287,7 +282,7 @@ def run_program(program, function, *args):
         sys.exit(2)
     except RuntimeError as error:
         # A link was cut, or a rank has died or stopped.
-        if not re.search("gloo|NCCL|TCPStore", str(error)):
+        if not any(name in str(error) for name in ("gloo", "NCCL", "TCPStore")):
             raise
         complain(program, f"rank {world()[0]} waited for another rank in vain: {error}")
         sys.exit(1)

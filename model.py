@@ -36,12 +36,9 @@ MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 # Nothing is downloaded, and no code of a checkpoint runs.
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
 CHUNK = 256  # tokens whose logits are in memory at a time
-# Tokens between checks whether all rows have finished: on a GPU, a check synchronises.
-CHECK_EVERY = {"cpu": 1, "cuda": 8}
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; its one-line message names the file and the problem."""
-
 
 # ---- The network -------------------------------------------------------------------------------
 class GroupPolicy(nn.Module):
@@ -83,7 +80,6 @@ class GroupPolicy(nn.Module):
         last = batch.lengths - 1 + P * torch.arange(B, device=mask.device)
         source = last[:, None, None].repeat(1, N, T)
         source[b, n, t + 1] = torch.arange(B * P, len(hidden), device=mask.device)
-
         tokens = mask.nonzero(as_tuple=True)
         states = hidden.index_select(0, source[tokens])  # (M, D)
         forbidden = torch.tensor(self.forbidden_tokens, dtype=torch.long, device=mask.device)
@@ -119,7 +115,6 @@ class GroupPolicy(nn.Module):
 
 class PromptBatch(NamedTuple):
     """B prompts as tensors; the images of all prompts follow each other."""
-
     ids: torch.Tensor  # (B, P) right-padded
     lengths: torch.Tensor  # (B,) real tokens of each prompt
     pixels: torch.Tensor  # (patches, channels * time * height * width)
@@ -141,7 +136,6 @@ def pad_completions(groups):
     mask = torch.arange(ids.shape[1]) < lengths[..., None]  # (B, N, T)
     return ids.view(mask.shape), mask
 
-
 # ---- Which token sees which --------------------------------------------------------------------
 def group_attention(module, query, key, value, attention_mask, attend=None, **kwargs):
     """The attention function that every text layer runs: q (1, H, S, E), k and v (1, K, S, E)."""
@@ -150,8 +144,7 @@ def group_attention(module, query, key, value, attention_mask, attend=None, **kw
 
 transformers.AttentionInterface.register("visurf", group_attention)
 ATTENTION = {"text_config": "visurf", "vision_config": "sdpa"}
-# torch 2.13 prefers cuDNN's kernel on new GPUs. It plans anew for every shape, which takes up to
-# 400 ms, and with a mask its gradient can be NaN (pytorch issue 196678).
+# CuDNN's kernel plans anew for every shape, and its gradient can be NaN (pytorch issue 196678).
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 class GroupAttention:
@@ -186,8 +179,7 @@ class GroupAttention:
         output = output.transpose(1, 2).flatten(0, 1)  # (B*P, H, E)
         if len(self.where[0]) == 0:
             return output
-        # Keys and values are few and small, so each completion gets a copy of its prompt's:
-        # autograd sums their gradients, and one fused call serves the whole group.
+        # Each completion gets a copy of its prompt's few keys and values, for one fused call.
         keys = torch.cat([prompt_k.repeat_interleave(self.N, dim=0), self.completions(k)], dim=2)
         values = torch.cat([prompt_v.repeat_interleave(self.N, dim=0), self.completions(v)], dim=2)
         return torch.cat([output, self.attend(self.completions(q), keys, values)])
@@ -199,8 +191,7 @@ class GroupAttention:
         g = H // K
         if self.bias is None:
             self.bias = self.make_bias(g, q.dtype)
-        # A mask with enable_gqa has no fused kernel on CUDA. The g query heads that share a key
-        # head are therefore laid one after the other along the query axis.
+        # With a mask, CUDA's fused kernels take no groups of heads: g heads become g*T queries.
         output = F.scaled_dot_product_attention(q.reshape(rows, K, g * T, E), keys, values,
                                                 attn_mask=self.bias)
         # Not view: the memory-efficient kernel of CUDA returns another layout than the CPU's.
@@ -227,13 +218,11 @@ class GroupAttention:
         padded = x.new_zeros(self.B, self.N, self.T, *tokens.shape[1:])
         return padded.index_put(self.where, tokens).flatten(0, 1).transpose(1, 2)
 
-
 # ---- Log-probs without the logits of a whole batch in memory -----------------------------------
 class TokenLogProbs(torch.autograd.Function):
     """log softmax(hidden @ weight.T / temperature)[targets], (M,) float32.
 
-    hidden (M, D), weight (V, D), targets (M,). The logits of CHUNK tokens at a time are in memory,
-    and are computed again in the backward pass.
+    hidden (M, D), weight (V, D), targets (M,). Backward computes logits again, CHUNK at a time.
     """
 
     @staticmethod
@@ -282,11 +271,9 @@ def product(a, b):
         return multiply(a, b, out_dtype=torch.float32)
     return multiply(a.float(), b.float())
 
-
 # ---- Sampling ----------------------------------------------------------------------------------
 class Completion(NamedTuple):
     """A sampled completion; its tensors are on the CPU."""
-
     ids: torch.Tensor  # (T,) with the end token, if there is one
     logprobs: torch.Tensor  # (T,) under softmax(logits / temperature); greedy: temperature 1
     finished: bool  # False: cut off at the length limit
@@ -315,7 +302,6 @@ def generate(network, prompts, num_generations=1, max_new_tokens=256, temperatur
     ids = []
     logprobs = []
     running = torch.ones(uniform.shape[1], dtype=torch.bool, device=device)  # (R,)
-
     hidden = decoder.prefill()  # (R, D)
     for t in range(max_new_tokens):
         logits = scaled_logits(hidden, network.vlm.lm_head.weight, temperature or 1.0, forbidden)
@@ -327,7 +313,8 @@ def generate(network, prompts, num_generations=1, max_new_tokens=256, temperatur
         ids.append(tokens[:, 0])
         logprobs.append(probabilities.gather(1, tokens).log()[:, 0])
         running &= ~torch.isin(ids[t], stop)
-        check_now = t % CHECK_EVERY[device.type] == 0
+        # Now and then on a GPU, which such a check waits for.
+        check_now = t % 8 == 0 or device.type == "cpu"
         if t + 1 == max_new_tokens or (check_now and not running.any()):
             break
         hidden = decoder.step(ids[t])
@@ -447,7 +434,6 @@ class Decoder:
         keys = keys[:, : self.window]
         values = values[:, : self.window]
         prompt_keys, prompt_values = self.prompts[layer]
-
         # The queries of a prompt's rows stand together, and read its keys in one product.
         q = (q * E**-0.5).view(K, g, R, E).transpose(1, 2).reshape(K * R, g, E)
         on_prompt = product(q.view(K * self.B, -1, E), prompt_keys)  # (K*B, N*g, P)
@@ -460,13 +446,9 @@ class Decoder:
         output = output.baddbmm(on_own.reshape(K * R, g, -1), values)
         return output.view(K, R, g, E).transpose(0, 1).reshape(R, K * g, E)
 
-
 # ---- Files -------------------------------------------------------------------------------------
 def load_pretrained(path, dtype=torch.float32, device="cpu"):
-    """A GroupPolicy of a Hugging Face checkpoint directory, in `dtype` or, if "auto", in its own.
-
-    CheckpointError if it is no Qwen-VL checkpoint, or a tensor is missing, unknown or misshaped.
-    """
+    """A GroupPolicy of a checkpoint directory, in `dtype` ("auto": its own), or CheckpointError."""
     check_checkpoint(path)
     transformers.logging.disable_progress_bar()
     try:

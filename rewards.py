@@ -136,7 +136,6 @@ def match(gains):
                     row_of[column] = row
                     return True
         return False
-
     for new_row in range(n):
         is_new = np.full(m, True)
         while not place(new_row):

@@ -15,7 +15,6 @@ checkpoint-STEP/, with a training_state/ for --resume. eval.py measures any of t
 import copy
 import hashlib
 import json
-import math
 import os
 import shutil
 import time
@@ -27,7 +26,7 @@ from pathlib import Path
 
 # The first of the slow imports: from here on Ctrl-C is one line.
 from eval import (Common, claim, flag, gather, is_first, leave_if_asked, my_share, note_signals,
-                  on_first_rank, parse, run_program, start, write_text)
+                  on_first_rank, parse, run_program, start, world, write_text)
 
 import numpy as np
 import torch
@@ -45,7 +44,6 @@ from data import UserError, require
 @dataclass
 class Settings(Common):
     """Post-train a Qwen-VL checkpoint. The task decides some defaults."""
-
     method: str = flag("visurf", "rlvr: GRPO; sft: labels", choices=("visurf", "rlvr", "sft"))
     resume: bool = flag(False, "continue the run in output_dir from its last checkpoint")
     seed: int = flag(0, "decides the order of the data and every sampled token")
@@ -66,7 +64,6 @@ class Settings(Common):
 @dataclass
 class Run:
     """All that a run carries from step to step."""
-
     settings: Settings
     directory: Path
     source: Path | dict                # the checkpoint it started from: see model.read_files
@@ -89,8 +86,6 @@ class Run:
             self.optimizer.state[weight] = {"step": step, "exp_avg": torch.zeros_like(weight),
                                             "exp_avg_sq": torch.zeros_like(weight)}
 
-# What --resume cannot change.
-FIXED = ("task", "method", "model", "seed", "batch_size", "data_sha256")
 STATE = "training_state"               # of a checkpoint: a folder of tensors, and a JSON file
 # A run of one process saves without the others.
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
@@ -98,7 +93,6 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled")
 def main(argv=None):
     """The command line."""
     run_program("train.py", train, parse(Settings, argv, "train.py"))
-
 
 # ---- A run -------------------------------------------------------------------------------------
 def train(settings):
@@ -115,7 +109,7 @@ def train(settings):
     source = saved[-1] if saved else data.fetch(settings.model)
     model.check_checkpoint(source)
     # Without labels in the group, one that no rollout can be as long as has no use.
-    longest_label = settings.max_completion_length if settings.method == "rlvr" else math.inf
+    longest_label = settings.max_completion_length if settings.method == "rlvr" else np.inf
     processor = data.Processor(source, task, settings.image_size, longest_label)
     filler = Group(processor.blank, ids=[processor.token_ids("[]")], advantages=torch.zeros(1))
     network, sampler = load_network(settings, source, device)
@@ -126,10 +120,9 @@ def train(settings):
         model.check_finite(whole, filler.example, settings.model)
     on_first_rank(write_text, directory / "config.json", json.dumps(config, indent=2))
     resume(run)
-    if is_first():
-        print(f"{settings.method} on {len(samples)} samples, {dist.get_world_size()} x {device}")
-        print("A policy loss near 0 is normal: advantages have mean 0. Watch the rewards:",
-              *processor.score("", filler.example))
+    on_first_rank(print, f"{settings.method} on {len(samples)} samples, {world()[1]} x {device}")
+    on_first_rank(print, "A policy loss near 0 is normal, for advantages have mean 0. Watch the",
+                  "rewards:", *processor.score("", filler.example))
     loop(run)
 
 def loop(run):
@@ -150,8 +143,8 @@ def loop(run):
         save(run)
         raise
     save(run)
-    if is_first():
-        print(f"next: eval.py --task {settings.task} --model {run.directory}/checkpoint-{run.step}")
+    checkpoint = run.directory / f"checkpoint-{run.step}"
+    on_first_rank(print, f"next: eval.py --task {settings.task} --model {checkpoint}")
 
 def vote_before_sft(run):
     """Without rollouts, the network's own answers to 32 questions decide the label's style."""
@@ -159,12 +152,10 @@ def vote_before_sft(run):
     sample(run, groups, 1, temperature=0)
     vote_for_style(run, groups)
 
-
 # ---- A step ------------------------------------------------------------------------------------
 @dataclass
 class Group:
     """A prompt with its N completions: G rollouts (none in SFT), then the label (none in RLVR)."""
-
     example: data.Example
     seed: int = 0                                        # decides the rollouts' tokens
     ids: list = field(default_factory=list)              # tokens of each completion, (T,)
@@ -198,7 +189,6 @@ def train_step(run):
             group.rewards.append(run.processor.score(text, group.example))
         group.advantages = compute_advantages(settings, group)
     sampled = time.perf_counter()
-
     values = update(run, groups)
     run.step += 1
     values["skipped_rows"] = bad_rows
@@ -287,7 +277,7 @@ def update(run, groups):
         norm = torch.nn.utils.clip_grad_norm_(run.network.parameters(), max_norm=1.0)
         norm = norm.full_tensor().item()
     # All ranks see the same sums, so they agree.
-    if math.isfinite(norm) and math.isfinite(mean_loss):
+    if np.isfinite(norm) and np.isfinite(mean_loss):
         run.optimizer.step()
         run.not_finite = 0
     else:
@@ -303,9 +293,7 @@ def plan(run, groups):
     useful.sort(key=lambda group: max(map(len, group.ids)))
     size = run.settings.micro_batch_size
     micro_batches = [useful[i : i + size] for i in range(0, len(useful), size)]
-    tokens = 0
-    for group in groups:
-        tokens += sum(map(len, group.ids))
+    tokens = sum(sum(map(len, group.ids)) for group in groups)
     of_all_ranks = np.array(gather([(len(micro_batches), tokens)]))  # (W, 2)
     # FSDP's exchanges need all ranks: one with fewer micro-batches computes fillers.
     micro_batches += [[run.filler]] * (of_all_ranks[:, 0].max() - len(micro_batches))
@@ -326,33 +314,32 @@ def loss_of(run, micro_batch, total):
     # The policy is the one that sampled: the importance ratio is 1.
     return visurf.policy_loss(logprobs, logprobs.detach(), A.to(run.device), mask, total=total)
 
-
 # ---- The network, sharded ----------------------------------------------------------------------
 def load_network(settings, source, device):
     """The network, each of W ranks holding 1/W of it in float32; and its sampler: see gathered."""
     network = model.load_pretrained(source, dtype="auto")
     # The sampler has the same modules and buffers, but its weights are empty.
-    memo = {}
-    for buffer in network.buffers():
-        memo[id(buffer)] = buffer
+    memo = {id(buffer): buffer for buffer in network.buffers()}
     for weight in network.parameters():
         memo[id(weight)] = torch.nn.Parameter(weight.to("meta"))
     sampler = copy.deepcopy(network, memo)
     on_gpu = device.type == "cuda"
     if on_gpu:
-        check_memory(settings, network, device)
+        # 2 bytes a weight for sampling, and a share of the 16 for its gradient and AdamW.
+        share = 0 if settings.cpu_offload else 16 / dist.get_world_size()
+        needed = (2 + share) * sum(weight.numel() for weight in network.parameters())
+        available = torch.cuda.get_device_properties(device).total_memory
+        require(needed <= available, f"this --model needs {needed / 1e9:.0f} of "
+                f"{available / 1e9:.0f} GB before any activation: use more GPUs or --cpu_offload")
     if on_gpu and settings.cpu_offload:
         # torchrun gives a process one thread, with which AdamW alone takes seconds a step.
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(max(1, os.cpu_count() // processes))
-
     # Inputs are not cast: positions and rotary tables stay in float32.
     compute = torch.bfloat16 if on_gpu else torch.float32
     policy = fsdp.MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32,
                                        cast_forward_inputs=False)
-    offload = fsdp.OffloadPolicy()
-    if settings.cpu_offload:
-        offload = fsdp.CPUOffloadPolicy(pin_memory=on_gpu)
+    offload = fsdp.CPUOffloadPolicy(on_gpu) if settings.cpu_offload else fsdp.OffloadPolicy()
     # A block's weights are gathered for its turn. Embedding and output head are the root's.
     blocks = [m for m in network.modules() if isinstance(m, GradientCheckpointingLayer)]
     for module in [*blocks, network]:
@@ -365,25 +352,11 @@ def load_network(settings, source, device):
         network.train()
     return network, sampler
 
-def check_memory(settings, network, device):
-    """UserError if weights and optimizer alone do not fit on the GPU."""
-    # While sampling, the whole network in bfloat16; always, a share of the 16 bytes that a weight
-    # takes with its gradient and AdamW's moments in float32.
-    share = 0 if settings.cpu_offload else 16 / dist.get_world_size()
-    needed = (2 + share) * sum(weight.numel() for weight in network.parameters())
-    available = torch.cuda.get_device_properties(device).total_memory
-    require(needed <= available, f"this --model needs {needed / 1e9:.0f} of "
-            f"{available / 1e9:.0f} GB before any activation: use more GPUs or --cpu_offload")
-
 @contextmanager
 def gathered(run):
-    """The whole network on every rank, for sampling: a plain copy that borrows its weights.
-
-    They have the type of computing, bfloat16 on GPUs, and are void when the context ends.
-    """
-    # Gathered once, here: while the sampler decodes nothing is exchanged, and no rank waits.
-    # The sampler has none of FSDP's hooks: they record the order of blocks, by which backward
-    # prefetches, and a rank with fewer prompts would wait for the others forever.
+    """The sampler, with the whole weights in the type of computing; void when the context ends."""
+    # Nothing is exchanged while the sampler decodes: it has none of FSDP's hooks, with which a rank
+    # that has fewer prompts would wait for the others forever.
     units = [module for module in run.network.modules() if isinstance(module, fsdp.FSDPModule)]
     for unit in units:
         unit.unshard()
@@ -394,7 +367,6 @@ def gathered(run):
     finally:
         for unit in units:
             unit.reshard()
-
 
 # ---- Checkpoints -------------------------------------------------------------------------------
 def save(run):
@@ -460,11 +432,11 @@ def own_checkpoints(directory):
     return [directory / f"checkpoint-{step}" for step in sorted(steps)]
 
 def compare_with_before(directory, config):
-    """UserError if the directory holds another run than that of this config."""
+    """UserError if the directory holds another run, as --resume cannot change these settings."""
     if not (directory / "config.json").exists():
         return
     before = model.read_json(directory / "config.json")
-    for name in FIXED:
+    for name in ("task", "method", "model", "seed", "batch_size", "data_sha256"):
         require(before.get(name) == config[name], f"{directory} holds a run with another {name}: "
                 f"{before.get(name)!r}, not {config[name]!r}; --resume cannot change it")
 
@@ -486,7 +458,6 @@ def resume(run):
         # Drop what was logged after the checkpoint: those steps run again.
         for log in run.directory.glob("*.jsonl"):
             os.truncate(log, state["log_sizes"].get(log.name, 0))
-
 
 # ---- Logs --------------------------------------------------------------------------------------
 def summarize(records, settings):
@@ -516,10 +487,8 @@ def log_step(run, values, records):
         line += f" | label_active {values['label_active']:.2f}"
     seconds = values["rollout_seconds"] + values["update_seconds"]
     print(f"{line} | {seconds:.2f} s", flush=True)
-    for name, value in values.items():
-        if not math.isfinite(value):
-            # JSON has no NaN.
-            values[name] = None
+    # JSON has no NaN.
+    values = {name: value if np.isfinite(value) else None for name, value in values.items()}
     values["style"] = visurf.preferred_style(run.votes)
     append(run, "metrics.jsonl", [values])
     if run.step % 10 == 1:                             # steps 1, 11, 21, ...

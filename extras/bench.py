@@ -554,7 +554,7 @@ def vision_tower(network, prompts, backward: bool = False):
     """The vision tower alone, on the images of some prompts: as in sampling, or with the gradients of an update."""
     batch = model.PromptBatch.from_prompts(prompts, network.config)
     with torch.inference_mode(not backward):
-        features = network.vlm.model.visual(torch.cat(batch.pixels), grid_thw=batch.grid_thw).pooler_output
+        features = network.vlm.model.visual(batch.pixels, grid_thw=batch.grid_thw).pooler_output
     if backward:
         features.sum().backward()
 

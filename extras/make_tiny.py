@@ -332,7 +332,7 @@ def teach_seeing(network, tokenizer, batches, steps: int, learning_rate: float):
 
     def loss(scenes, prompts, lessons):
         batch = model.PromptBatch.from_prompts(prompts)
-        features = visual(torch.cat(batch.pixels), grid_thw=batch.grid_thw).pooler_output
+        features = visual(batch.pixels, grid_thw=batch.grid_thw).pooler_output
         digits = [digit_at(scene, cell) for scene in scenes for cell in range(FEATURES)]
         found = [digit for digit in digits if digit]
         there = torch.tensor([digit is not None for digit in digits])

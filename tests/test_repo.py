@@ -81,9 +81,8 @@ def full_lines(file: str) -> list[str]:
 
 
 def test_the_six_files_are_about_two_thousand_lines():
-    """A ratchet: the aim is 2,000 lines that are not blank and 2,200 in all, and these numbers only go down."""
-    assert sum(len(full_lines(file)) for file in FILES) <= 2_180
-    assert sum(map(count_lines, FILES)) <= 2_440
+    assert sum(len(full_lines(file)) for file in FILES) <= 2_000
+    assert sum(map(count_lines, FILES)) <= 2_200
 
 
 def count_tokens(file: str) -> tuple[int, int]:
@@ -103,9 +102,9 @@ def test_a_line_asks_for_little_attention():
     """Room comes from leaving out, not from packing. A ratchet: the aim is 10.5 tokens a line of code, 11.5 in each."""
     counts = [count_tokens(file) for file in FILES]
     for file, (lines, tokens) in zip(FILES, counts):
-        assert tokens <= 12.4 * lines, f"{file}: {tokens / lines:.2f}"
+        assert tokens <= 12.3 * lines, f"{file}: {tokens / lines:.2f}"
     lines, tokens = map(sum, zip(*counts))
-    assert tokens <= 11.0 * lines, f"together: {tokens / lines:.2f}"
+    assert tokens <= 10.9 * lines, f"together: {tokens / lines:.2f}"
 
 
 def test_the_readme_tells_the_files_lengths():
