@@ -66,7 +66,7 @@ class Task:
     metrics: tuple = ("accuracy", "one_to_one", "gIoU", "cIoU", "N-Acc")     # the main one first
     image_size: int = 840         # images become squares of this side,
     keep_shape: bool = False      # or keep their shape, with as many pixels at most
-    recipe: dict = field(default_factory=dict)        # replaces the defaults of flags
+    recipe: dict = field(default_factory=dict)        # its own defaults for flags
 
 TASKS = {task.name: task for task in (
     Task("grounding", data="Ricky06662/ViSurf_multi_non_object_7300_size840",
@@ -150,7 +150,7 @@ def open_rows(path, split):
             named = [name for name in SPLIT_WORDS if words.intersection(SPLIT_WORDS[name])]
             if named == [split]:
                 files.append(str(file))
-        require(files, "no Parquet file whose path below it names this split, and no other")
+        require(files, "no Parquet file whose path below it names this split alone")
         # Arrow's format leaves images encoded: a damaged one stops nothing before its turn.
         return load_dataset("parquet", data_files=files, split="train").with_format("arrow")
     except Exception as error:           # damaged files make it raise nearly anything
@@ -165,7 +165,7 @@ def read_row(rows, number):
     """One row of a table, or of a file's lines."""
     if not isinstance(rows, list):
         return rows[number].to_pylist()[0]
-    is_object = re.match(rb"[\xef\xbb\xbf\s]*{", rows[number])     # UTF-8's mark may come first
+    is_object = re.match(rb"[\xef\xbb\xbf\s]*{", rows[number])     # a UTF-8 BOM may come first
     require(is_object, f"not a JSON object in UTF-8; {CONVERTER}")
     return json.loads(rows[number])
 
@@ -181,32 +181,31 @@ def read_sample(rows, number, path, task, where):
     choices = row.get("choices") or []
     if isinstance(choices, str):
         choices = json.loads(choices)
-    require(isinstance(choices, list) and len(choices) <= 26, "choices are a list of at most 26")
+    require(isinstance(choices, list) and len(choices) <= 26, "choices: a list of at most 26")
     if choices:
         question += "\nChoices: " + ", ".join(map("{}. {}".format, ascii_uppercase, choices))
     image = partial(find_image, rows, number, path if path.is_dir() else path.parent)
     upright = open_image(image, only_size=True)
-    original = (int(row.get("img_width") or upright[0]), int(row.get("img_height") or upright[1]))
+    size = (int(row.get("img_width") or upright[0]), int(row.get("img_height") or upright[1]))
     # The authors write labels for training ("problem") in pixels of the image that the row holds,
     # and those for tests ("text") in pixels of the original.
-    pixels = original if row.get("problem") is None else upright
-    frame = tuple(row.get("frame") or pixels)
-    for width, height in (frame, original):     # not too large: eval.py paints such masks
+    default_frame = size if row.get("problem") is None else upright
+    frame = tuple(row.get("frame") or default_frame)
+    for width, height in (frame, size):         # not too large: eval.py paints such masks
         require(width > 0 and height > 0 and width * height < 2e8,
                 "a frame or size is two positive numbers, of at most 200 megapixels in all")
         require((height, width) != upright or width == height,
                 f"{width} x {height} is the image on its side: give it as its EXIF tag turns it")
-
     label = read_label(row, task, frame, choices)
     # <|image_pad|> would be one more image, and half a surrogate pair has no tokens.
     require(not re.search(r"<\|[a-z_]{2,}\|>|[\ud800-\udfff]", f"{question} {label}"),
             "a control token or half a character in the question or the answer")
     name = first_of(row | {"row": where}, ("id", "image_id", "row"))
     choices = list(map(str, choices))
-    return Sample(str(name), question, image, label, frame, original, where, choices)
+    return Sample(str(name), question, image, label, frame, size, where, choices)
 
 def read_label(row, task, frame, choices):
-    """A row's label, read as an answer is: what no completion could say is no label."""
+    """A row's label, read like an answer: what no completion could say is an error."""
     value = first_of(row, task.columns)
     if value is None and task.kind == "objects" and row.get("mask") is not None:
         mask = np.asarray(row["mask"], bool)
@@ -220,8 +219,9 @@ def read_label(row, task, frame, choices):
         value = [{"bbox_2d": box} for box in np.reshape(value, (-1, 4)).tolist()]  # one or more
     # Some columns hold the objects, others their JSON text; an answer is a text.
     text = value if isinstance(value, str) else json.dumps(value)
-    # Tables with gaps hold counts as 24.0.
-    label = rewards.read_answer(f"<answer>{text.removesuffix('.0')}</answer>", task.kind)
+    if task.kind == "count":
+        text = text.removesuffix(".0")                      # tables with gaps hold 24.0
+    label = rewards.read_answer(f"<answer>{text}</answer>", task.kind)
     require(label is not None, f"no label that {task.name} can read: {text:.80}")
     if isinstance(label, list):
         for found in label:
@@ -288,7 +288,7 @@ def open_image(source, only_size=False):
 def move_objects(objects, src_frame, dst_frame, round_to_int=False):
     """New objects with the same boxes and points in another frame; a text, or None, stays."""
     def move(numbers):
-        corners = np.reshape(numbers, (-1, 2)) * dst_frame / src_frame      # of a point: itself
+        corners = np.reshape(numbers, (-1, 2)) * dst_frame / src_frame      # a point is one
         if round_to_int:
             corners = corners.round().astype(int)
             if len(corners) == 2:

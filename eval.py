@@ -55,7 +55,7 @@ class Common:
     model: str = flag("", "checkpoint directory or hub id")
     data: str = flag("", "file, folder or hub id")
     output_dir: str = flag("", "by default runs/TASK-METHOD, or runs/eval-TASK-MODEL")
-    max_completion_length: int = flag(512, "tokens; memory grows by its square", 1, 8192)
+    max_completion_length: int = flag(512, "tokens; memory grows as its square", 1, 8192)
     image_size: int = flag(0, "side of images in pixels", 1, 8192)
     skip_bad_rows: bool = flag(False, "leave out rows that cannot be used, and count them")
     cuda_graph: bool = flag(True, "on a GPU, capture the decoding step: faster")
@@ -65,7 +65,7 @@ class Common:
 class Settings(Common):
     """Evaluate a checkpoint by its greedy answers. The task decides some defaults."""
     split: str = flag("test", "of the data", choices=("train", "validation", "test"))
-    limit: int = flag(0, "only the first so many samples, 0: all")
+    limit: int = flag(0, "only the first LIMIT samples; 0: all")
     eval_batch_size: int = flag(32, "prompts answered at a time", 1, 4096)
 
 def main(argv=None):
@@ -79,6 +79,7 @@ def run(settings):
     samples = data.load_samples(settings.data, task, settings.split, settings.limit,
                                 settings.skip_bad_rows)
     checkpoint = data.fetch(settings.model)
+    model.check_checkpoint(checkpoint)
     processor = data.Processor(checkpoint, task, settings.image_size)
     name = "-".join(Path(settings.model).absolute().parts[-2:])
     directory = Path(settings.output_dir or f"runs/eval-{task.name}-{name}")
@@ -136,7 +137,7 @@ def make_result(processor, example, completion):
 
 # ---- Metrics -----------------------------------------------------------------------------------
 def metrics(results, task):
-    """Means of the task's and of general metrics over the samples that have them; None of none."""
+    """The task's and general metrics, each a mean over the samples that have it, or None."""
     columns = {}
     for result in results:
         for name, value in measure(result, task.kind).items():
@@ -154,7 +155,7 @@ def metrics(results, task):
 def measure(result, kind="objects"):
     """The scores of one answer, as in the authors' evaluation; an unreadable one is wrong."""
     predicted = result["prediction"]
-    # In mathematics, the reward's accuracy is the metric, too.
+    # Mathematics keeps the reward's accuracy; for objects the metric replaces it.
     scores = result["reward"] | {"reward": sum(result["reward"].values())}
     scores |= {name: result[name] for name in ("thinking", "truncated", "length")}
     scores["well_formed"] = predicted is not None
@@ -196,10 +197,10 @@ def measure_objects(predicted, label, size):
     scores["point_in_box"] = inside.all(axis=2).any()
     return scores
 
-def numbers_of(answer, name, size):
+def numbers_of(answer, name, length):
     """Boxes (n, 4) or points (n, 2) of an answer's objects; none of an unreadable answer."""
     numbers = [found[name] for found in answer or [] if name in found]
-    return np.array(numbers, float).reshape(-1, size)
+    return np.array(numbers, float).reshape(-1, length)
 
 def box_around(boxes):
     """The smallest box (4,) that holds all boxes (n, 4); around none, one that overlaps nothing."""
@@ -225,7 +226,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n" if is_first() else None)
 
 def parse(settings_class, argv, program):
-    """Read flags into a dataclass; its task decides defaults, and so they are in --help too."""
+    """Read flags into a dataclass; the task's defaults are set first, so that --help shows them."""
     parser = Parser(program, description=settings_class.__doc__, allow_abbrev=False, add_help=False)
     for setting in fields(settings_class):
         parser.add_argument(f"--{setting.name}", default=setting.default, **setting.metadata)

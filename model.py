@@ -75,8 +75,7 @@ class GroupPolicy(nn.Module):
         after_prompt = (next_position[b] + t).expand(3, -1)  # M-RoPE's axes are equal in text
         positions = torch.cat([prompt_positions, after_prompt], dim=1)  # (3, S)
         hidden = self.hidden_states(batch, positions, attend, completions[b, n, t])  # (S, D)
-
-        # The place of the state that predicts a token: the prompt's last, or the token before it.
+        # The state that predicts token t: the prompt's last if t = 0, or else that of token t - 1.
         last = batch.lengths - 1 + P * torch.arange(B, device=mask.device)
         source = last[:, None, None].repeat(1, N, T)
         source[b, n, t + 1] = torch.arange(B * P, len(hidden), device=mask.device)
@@ -94,7 +93,7 @@ class GroupPolicy(nn.Module):
             ids = torch.cat([ids, completion_ids])
         images = {}
         if len(batch.grid_thw) > 0:
-            # Where images end, on the CPU: every vision block would wait for a GPU to tell it.
+            # Where images end, on the CPU: a GPU tensor would make every vision block wait.
             ends = batch.grid_thw.cpu().prod(dim=1).cumsum(dim=0, dtype=torch.int32)
             images = {"pixel_values": batch.pixels, "image_grid_thw": batch.grid_thw,
                       "image_cu_seqlens": F.pad(ends, (1, 0))}
@@ -112,6 +111,15 @@ class GroupPolicy(nn.Module):
                                                      attention_mask=real)  # (3, B, P)
         positions = positions.to(batch.ids.device)
         return positions.flatten(1), positions.amax(dim=(0, 2)) + 1
+
+def fused_rms_norm(module, x):
+    """transformers' RMSNorm in one operation; written out it costs a fifth of a small network."""
+    return F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
+
+def patch_product(module, pixels):
+    """A convolution whose stride is its kernel, as the matrix product that it is."""
+    weight = module.proj.weight.flatten(1)  # (width, channels * time * height * width)
+    return F.linear(pixels.to(weight.dtype), weight, module.proj.bias)
 
 class PromptBatch(NamedTuple):
     """B prompts as tensors; the images of all prompts follow each other."""
@@ -164,7 +172,7 @@ class GroupAttention:
         self.store = store
         self.bias = None
         _, self.N, self.T = real.shape
-        # Indices of the tokens. Found once, for this waits for a GPU; by mask, each layer would.
+        # Indices, found once: it waits for the GPU, and a mask would do so in every layer.
         self.where = real.nonzero(as_tuple=True)
 
     def __call__(self, layer, q, k, v):
@@ -182,16 +190,16 @@ class GroupAttention:
         # Each completion gets a copy of its prompt's few keys and values, for one fused call.
         keys = torch.cat([prompt_k.repeat_interleave(self.N, dim=0), self.completions(k)], dim=2)
         values = torch.cat([prompt_v.repeat_interleave(self.N, dim=0), self.completions(v)], dim=2)
-        return torch.cat([output, self.attend(self.completions(q), keys, values)])
+        return torch.cat([output, self.attend_completions(self.completions(q), keys, values)])
 
-    def attend(self, q, keys, values):
+    def attend_completions(self, q, keys, values):
         """Completions' q (B*N, H, T, E), keys and values (B*N, K, P+T, E) -> outputs (n, H, E)."""
         rows, H, T, E = q.shape
         K = keys.shape[1]
         g = H // K
         if self.bias is None:
             self.bias = self.make_bias(g, q.dtype)
-        # With a mask, CUDA's fused kernels take no groups of heads: g heads become g*T queries.
+        # With a mask, CUDA's fused kernels lack GQA: the g heads of a key become g*T queries.
         output = F.scaled_dot_product_attention(q.reshape(rows, K, g * T, E), keys, values,
                                                 attn_mask=self.bias)
         # Not view: the memory-efficient kernel of CUDA returns another layout than the CPU's.
@@ -313,7 +321,7 @@ def generate(network, prompts, num_generations=1, max_new_tokens=256, temperatur
         ids.append(tokens[:, 0])
         logprobs.append(probabilities.gather(1, tokens).log()[:, 0])
         running &= ~torch.isin(ids[t], stop)
-        # Now and then on a GPU, which such a check waits for.
+        # On a GPU only now and then: the check waits for it.
         check_now = t % 8 == 0 or device.type == "cpu"
         if t + 1 == max_new_tokens or (check_now and not running.any()):
             break
@@ -413,7 +421,7 @@ class Decoder:
             with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self.hidden = self.decode()  # recorded, not computed
         except RuntimeError as error:
-            error.add_note("While capturing a CUDA graph; --no-cuda_graph goes on without.")
+            error.add_note("While capturing a CUDA graph; --no-cuda_graph does without.")
             raise
         return hidden
 
@@ -434,7 +442,7 @@ class Decoder:
         keys = keys[:, : self.window]
         values = values[:, : self.window]
         prompt_keys, prompt_values = self.prompts[layer]
-        # The queries of a prompt's rows stand together, and read its keys in one product.
+        # In the order (K, B, N, g), the N*g queries of a prompt read its keys in one product.
         q = (q * E**-0.5).view(K, g, R, E).transpose(1, 2).reshape(K * R, g, E)
         on_prompt = product(q.view(K * self.B, -1, E), prompt_keys)  # (K*B, N*g, P)
         on_own = product(q, keys.mT).view(K * self.B, -1, self.window)
@@ -465,10 +473,10 @@ def load_pretrained(path, dtype=torch.float32, device="cpu"):
     return network
 
 def check_checkpoint(path):
-    """CheckpointError, which says what the directory is instead, if it is no Qwen-VL checkpoint."""
+    """CheckpointError, saying what the directory is, unless it is a Qwen-VL checkpoint."""
     path = Path(path)
     if (path / "adapter_config.json").exists():
-        raise CheckpointError(f"{path}: LoRA adapters alone: give what they make with their base")
+        raise CheckpointError(f"{path}: LoRA adapters alone: merge them into their base first")
     if list(path.glob("model_world_size_*")):
         raise CheckpointError(f"{path}: verl's shards: merge them with verl.model_merger")
     config = read_json(path / "config.json")
@@ -508,15 +516,6 @@ def read_json(path):
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: missing or damaged; restore it ({content!r:.80})")
     return content
-
-def fused_rms_norm(module, x):
-    """transformers' RMSNorm in one operation; written out it costs a fifth of a small network."""
-    return F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
-
-def patch_product(module, pixels):
-    """A convolution whose stride is its kernel, as the matrix product that it is."""
-    weight = module.proj.weight.flatten(1)  # (width, channels * time * height * width)
-    return F.linear(pixels.to(weight.dtype), weight, module.proj.bias)
 
 def read_files(path):
     """What a checkpoint has beside weights: configs, tokenizer, template, licence; never code."""

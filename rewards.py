@@ -7,7 +7,7 @@ r"""Rewards: read the answer of a completion, match it with the label, score it 
     accuracy    0 to 3   best one-to-one matching; a pair earns 1 for each of IoU, box L1 and point
     non_repeat  0 or 1   fewer than two sentences are repetitions
 
-Counting also takes a number. Mathematics takes any text, with 0 or 1 for format and for accuracy.
+Counting also takes a number. Mathematics takes any text: format and accuracy are 0 or 1.
 """
 
 import json
@@ -20,14 +20,14 @@ from string import ascii_uppercase
 
 import numpy as np
 
-SENTENCE = re.compile(r"(?:[^.!?\n。！？]|(?<=\d)\.(?=\d))+")    # the point of 0.5 ends none
+SENTENCE = re.compile(r"(?:[^.!?\n。！？]|(?<=\d)\.(?=\d))+")    # the dot in 0.5 ends none
 # Math-verify knows neither full-width characters nor the root sign.
 CHARACTERS = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {ord("√"): r"\sqrt "}
-# Math-verify multiplies the letters of words (dog = god), reads 1 1/2 as 1, and long texts slowly.
+# Math-verify reads words as products (dog = god), 1 1/2 as 1, and is slow on long texts.
 NO_FORMULA = re.compile(r"(?s)^[a-zA-Z ]{3,}$|\d\s+\d|.{201}")
 
 def score(completion, label, kind="objects", frame=(840, 840), choices=(), **thresholds):
-    """The reward of a completion by component, a dict: those above that its kind of answer has.
+    """A completion's rewards, a dict: those components above that its kind of answer has.
 
     label: objects with "bbox_2d" and perhaps "point_2d" that run to frame (width, height), or text.
     kind: "count", "math", or else objects. thresholds: see accuracy_score, in pixels of 840 x 840.
@@ -46,6 +46,43 @@ def score(completion, label, kind="objects", frame=(840, 840), choices=(), **thr
                          "accuracy": accuracy_score(predicted, label, frame, **thresholds),
                          "non_repeat": non_repeat(completion)}
 
+def split_completion(completion):
+    """The prose before the last `<answer>` outside thinking, and the answer, None if not closed."""
+    # NUL hides thinking: no answer starts there, and JSON forbids it inside an answer.
+    visible = re.sub(r"(?s)<think>.*?(?:</think>|\Z)", lambda t: "\0" * len(t[0]), completion)
+    prose, opened, rest = visible.rpartition("<answer>")
+    if not opened:
+        return completion, None
+    answer, closed, _ = rest.partition("</answer>")
+    return completion[:len(prose)], answer if closed else None
+
+def read_answer(completion, kind="objects"):
+    """The answer as text, or as objects with their readable fields alone; None if malformed."""
+    text = split_completion(completion)[1] or ""
+    if kind == "math":
+        return text.strip() or None
+    if kind == "count" and re.fullmatch(r"\s*[0-9]{1,4}\s*", text):
+        return str(int(text))
+    try:
+        # Every number becomes a float; NaN and Infinity are errors.
+        objects = json.loads(text, parse_int=float, parse_constant=int)
+    except (ValueError, RecursionError):     # not JSON, or nested too deep
+        return None
+    if not isinstance(objects, list) or len(objects) > 120:
+        return None
+    readable = []
+    for found in objects:
+        if not isinstance(found, dict):
+            return None
+        readable.append({})
+        for name, length in (("bbox_2d", 4), ("point_2d", 2)):
+            numbers = found.get(name)
+            # Any number is a float by now, but true is not.
+            if isinstance(numbers, list) and list(map(type, numbers)) == [float] * length:
+                if max(map(abs, numbers)) <= 100_000:
+                    readable[-1][name] = numbers
+    return readable
+
 def has_thinking(completion):
     """Whether this is `<think>words</think>`, white space, `<answer>...</answer>` and no more."""
     text = r"((?:(?!</?(?:think|answer)>).)*)"          # any text without these tags
@@ -53,7 +90,7 @@ def has_thinking(completion):
     return bool(found and re.search(r"[^\W_]", found[1]))
 
 def non_repeat(completion):
-    """1, or 0 if two or more sentences of the prose repeat; case and white space do not count."""
+    """1, or 0 if two or more sentences of the prose repeat; case and blanks do not count."""
     prose = split_completion(completion.casefold())[0]
     sentences = SENTENCE.findall(re.sub(r"</?think>|[^\S\n]", "", prose))
     return float(len(sentences) - len(set(sentences)) < 2)
@@ -88,7 +125,6 @@ def accuracy_score(predicted, label, frame, iou_above=0.5, l1_below=10, distance
         centre = np.reshape(item["bbox_2d"], (2, 2)).mean(axis=0)
         wanted.append([*item["bbox_2d"], *(item.get("point_2d") or centre)])
     wanted = np.array(wanted)                                                 # (m, 6)
-
     offset = abs(found - wanted) * 840 / np.tile(frame, 3)                   # (n, m, 6)
     l1 = offset[..., :4].mean(axis=2)                                         # (n, m)
     distance = np.linalg.norm(offset[..., 4:], axis=2)                        # (n, m)
@@ -113,9 +149,8 @@ def iou(boxes_a, boxes_b):
     return intersection / np.maximum(areas - intersection, 1e-12)             # two empty ones: 0
 
 def match(gains):
-    """(row, column) pairs of integer gains (n, m) >= 0, one-to-one, with the largest sum; none 0.
-    This is the Hungarian method (Kuhn 1955, Munkres 1957).
-
+    """One-to-one (row, column) pairs with the largest sum of integer gains (n, m) >= 0; none of 0.
+    The Hungarian method (Kuhn 1955, Munkres 1957).
     >>> match([[3, 2], [3, 0]])      # 2 + 3 beats 3 + 0
     [(0, 1), (1, 0)]
     """
@@ -123,84 +158,49 @@ def match(gains):
     n, m = gains.shape
     if n > m:
         return sorted(pair[::-1] for pair in match(gains.T))
-    # How far the prices of a row and a column together are above their gain: 0 where they match.
-    loss = gains.max(initial=0) - gains
+    # How far a row's price plus a column's exceed their gain: not at all, for pairs that match.
+    excess = gains.max(initial=0) - gains
     row_of = np.full(m, -1)
+    untried = np.full(m, True)
     def place(row):
-        """Give a row a column without loss; the row that has it already must find another."""
-        columns = np.flatnonzero(loss[row] == 0)
+        """Give a row a column without excess; the row that has it must find another one."""
+        columns = np.flatnonzero(excess[row] == 0)
         for column in columns[np.argsort(row_of[columns])]:      # free ones, of row -1, first
-            if is_new[column]:
-                is_new[column] = False
+            if untried[column]:
+                untried[column] = False
                 if row_of[column] < 0 or place(row_of[column]):
                     row_of[column] = row
                     return True
         return False
     for new_row in range(n):
-        is_new = np.full(m, True)
+        untried[:] = True
         while not place(new_row):
-            # Prices of all rows that looked fall, and those of columns they found taken rise.
-            rows = [new_row, *row_of[~is_new]]
-            step = loss[rows][:, is_new].min()
-            loss[rows] -= step
-            loss[:, ~is_new] += step
-            is_new[:] = True
+            # The rows that looked get cheaper until one has a new column; theirs get dearer.
+            rows = [new_row, *row_of[~untried]]
+            step = excess[rows][:, untried].min()
+            excess[rows] -= step
+            excess[:, ~untried] += step
+            untried[:] = True
     pairs = zip(row_of.tolist(), range(m))
     return sorted(pair for pair in pairs if pair[0] >= 0 and gains[pair])
 
-def split_completion(completion):
-    """The prose before the last `<answer>` outside thinking, and the answer, None if not closed."""
-    # NUL hides thinking: no answer starts there, and JSON forbids it inside an answer.
-    visible = re.sub(r"(?s)<think>.*?(?:</think>|\Z)", lambda t: "\0" * len(t[0]), completion)
-    prose, opened, rest = visible.rpartition("<answer>")
-    if not opened:
-        return completion, None
-    answer, closed, _ = rest.partition("</answer>")
-    return completion[:len(prose)], answer if closed else None
-
-def read_answer(completion, kind="objects"):
-    """The answer as text, or as objects with their readable fields alone; None if malformed."""
-    text = split_completion(completion)[1] or ""
-    if kind == "math":
-        return text.strip() or None
-    if kind == "count" and re.fullmatch(r"\s*[0-9]{1,4}\s*", text):
-        return str(int(text))
-    try:
-        # Every number becomes a float; NaN and Infinity are errors.
-        objects = json.loads(text, parse_int=float, parse_constant=int)
-    except (ValueError, RecursionError):     # not JSON, or nested too deep
-        return None
-    if not isinstance(objects, list) or len(objects) > 120:
-        return None
-    for index, found in enumerate(objects):
-        if not isinstance(found, dict):
-            return None
-        objects[index] = {}
-        for name, length in (("bbox_2d", 4), ("point_2d", 2)):
-            numbers = found.get(name)
-            # Any number is a float by now, but true is not.
-            if isinstance(numbers, list) and list(map(type, numbers)) == [float] * length:
-                if max(map(abs, numbers)) <= 100_000:
-                    objects[index][name] = numbers
-    return objects
-
 def same_answer(predicted, label, choices=()):
-    """Whether answers are one choice or text, or equal to math-verify; ImportError without it."""
+    """Whether answers are one choice or text, or equal for math-verify; ImportError without it."""
     gold = meaning(label, choices)
     answer = meaning(predicted, choices)
     if gold.casefold() == answer.casefold():
         return True
     if NO_FORMULA.search(gold) or NO_FORMULA.search(answer):
         return False
-    # What sympy loads and prepares at first need takes longer than most pairs: do it here, once.
+    # What sympy loads at first need takes longer than most pairs: @cache does this once.
     equal_formulas("x(x+1)", "x^2+x")
-    # A child judges. After half a second of work the kernel ends it, even in a step in which Python
-    # handles no signals, as 9^{9^{9^9}} is to gmpy2. The pair is not equal, then.
+    # A child judges. After half a second of CPU time the kernel kills it, even within a long call
+    # of C, as 9^{9^{9^9}} is to gmpy2, and the pair counts as not equal.
     child = os.fork()
     if child == 0:
         try:
             signal.setitimer(signal.ITIMER_PROF, 0.5)
-            signal.alarm(60)                     # should it wait and not work
+            signal.alarm(60)                     # in case it only waits
             os._exit(not equal_formulas(gold, answer))
         finally:
             os._exit(1)
@@ -208,9 +208,9 @@ def same_answer(predicted, label, choices=()):
 
 @cache
 def equal_formulas(gold, answer):
-    """Math-verify's judgement. It may take for ever, or crash."""
+    """Math-verify's judgement. It may take forever, or crash."""
     from math_verify import parse, verify
-    # It warns that its limits of time are off: alarms, which only the main thread could set.
+    # Silence its warning that timeouts are off: as alarms, they would need the main thread.
     logging.getLogger("math_verify").setLevel("CRITICAL")
     gold = parse(f"${gold}$", parsing_timeout=None)
     answer = parse(f"${answer}$", parsing_timeout=None)

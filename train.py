@@ -7,7 +7,7 @@
     python train.py --method sft                            # no rollouts: cross-entropy on labels
     python train.py --resume                                # with the same flags: go on
 
-`train_step`: sample -> score -> align and inject the label -> advantages -> update.
+`train_step`: sample -> align and inject the label -> score -> advantages -> update.
 runs/TASK-METHOD then holds config.json, logs (*.jsonl) and Hugging Face checkpoints,
 checkpoint-STEP/, with a training_state/ for --resume. eval.py measures any of them.
 """
@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-# The first of the slow imports: from here on Ctrl-C is one line.
+# First: eval.py catches Ctrl-C before it imports slow modules.
 from eval import (Common, claim, flag, gather, is_first, leave_if_asked, my_share, note_signals,
                   on_first_rank, parse, run_program, start, world, write_text)
 
@@ -77,17 +77,17 @@ class Run:
     votes: Counter = field(default_factory=Counter)      # label styles seen in rollouts so far
     step: int = 0                      # steps done
     not_finite: int = 0                # updates skipped in a row: loss or gradient not finite
-    useless: int = 0                   # rows in a row that could not be used
+    useless: int = 0                   # consecutive rows that were unusable
 
     def __post_init__(self):
-        """Give weights the state that AdamW makes in its first step: every checkpoint has it."""
+        """Make AdamW's state now: a checkpoint always has it, and is loaded in place."""
         for weight in self.network.parameters():
             step = torch.zeros((), device=weight.device)
             self.optimizer.state[weight] = {"step": step, "exp_avg": torch.zeros_like(weight),
                                             "exp_avg_sq": torch.zeros_like(weight)}
 
 STATE = "training_state"               # of a checkpoint: a folder of tensors, and a JSON file
-# A run of one process saves without the others.
+# It says so of every save of a single process.
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
 def main(argv=None):
@@ -108,7 +108,7 @@ def train(settings):
     saved = on_first_rank(own_checkpoints, directory)
     source = saved[-1] if saved else data.fetch(settings.model)
     model.check_checkpoint(source)
-    # Without labels in the group, one that no rollout can be as long as has no use.
+    # In RLVR, a label too long for any rollout to write would teach nothing.
     longest_label = settings.max_completion_length if settings.method == "rlvr" else np.inf
     processor = data.Processor(source, task, settings.image_size, longest_label)
     filler = Group(processor.blank, ids=[processor.token_ids("[]")], advantages=torch.zeros(1))
@@ -117,12 +117,12 @@ def train(settings):
     run = Run(settings, directory, model.read_files(source), processor, samples, filler,
               device, network, sampler, optimizer)
     with gathered(run) as whole:
-        model.check_finite(whole, filler.example, settings.model)
+        model.check_finite(whole, filler.example, source)
     on_first_rank(write_text, directory / "config.json", json.dumps(config, indent=2))
     resume(run)
     on_first_rank(print, f"{settings.method} on {len(samples)} samples, {world()[1]} x {device}")
-    on_first_rank(print, "A policy loss near 0 is normal, for advantages have mean 0. Watch the",
-                  "rewards:", *processor.score("", filler.example))
+    if settings.method != "sft":
+        on_first_rank(print, "Loss near 0 is fine. Rewards:", *processor.score("", filler.example))
     loop(run)
 
 def loop(run):
@@ -179,9 +179,9 @@ def train_step(run):
     groups, bad_rows = encode_share(run, range(first, first + settings.batch_size))
     if settings.method != "sft":
         sample(run, groups, settings.num_generations, settings.temperature)
-    # Sampling takes long, and this step has changed nothing yet: a good moment to stop.
-    leave_if_asked("train.py", "--resume continues")
-    vote_for_style(run, groups)
+        # Sampling takes long, and this step has changed nothing yet: a good moment to stop.
+        leave_if_asked("train.py", "--resume continues")
+        vote_for_style(run, groups)
     for group in groups:
         if settings.method != "rlvr":
             append_label(run, group)
@@ -241,7 +241,7 @@ def vote_for_style(run, groups):
                 styles.append(visurf.style_of(rewards.split_completion(text)[1]))
     run.votes.update(gather(styles))
     # Answers that several styles would write alike, such as [], say nothing.
-    del run.votes[None]
+    run.votes.pop(None, None)
 
 def append_label(run, group):
     """Add the label to its group, in the rollouts' style."""
@@ -297,7 +297,7 @@ def plan(run, groups):
     of_all_ranks = np.array(gather([(len(micro_batches), tokens)]))  # (W, 2)
     # FSDP's exchanges need all ranks: one with fewer micro-batches computes fillers.
     micro_batches += [[run.filler]] * (of_all_ranks[:, 0].max() - len(micro_batches))
-    # FSDP averages gradients over ranks, so each rank divides by its fair share of all tokens.
+    # FSDP averages gradients over ranks, and update() losses: so divide by a rank's fair share.
     return micro_batches, of_all_ranks[:, 1].mean()
 
 def loss_of(run, micro_batch, total):
@@ -318,14 +318,14 @@ def loss_of(run, micro_batch, total):
 def load_network(settings, source, device):
     """The network, each of W ranks holding 1/W of it in float32; and its sampler: see gathered."""
     network = model.load_pretrained(source, dtype="auto")
-    # The sampler has the same modules and buffers, but its weights are empty.
+    # deepcopy takes what memo has: the sampler shares the buffers, and its weights are empty.
     memo = {id(buffer): buffer for buffer in network.buffers()}
     for weight in network.parameters():
         memo[id(weight)] = torch.nn.Parameter(weight.to("meta"))
     sampler = copy.deepcopy(network, memo)
     on_gpu = device.type == "cuda"
     if on_gpu:
-        # 2 bytes a weight for sampling, and a share of the 16 for its gradient and AdamW.
+        # Bytes a weight: 2 to sample; 16 (itself, gradient, AdamW's two), shared by the ranks.
         share = 0 if settings.cpu_offload else 16 / dist.get_world_size()
         needed = (2 + share) * sum(weight.numel() for weight in network.parameters())
         available = torch.cuda.get_device_properties(device).total_memory
@@ -347,20 +347,20 @@ def load_network(settings, source, device):
     # Only now, after sharding: whole float32 weights need not fit on a rank.
     network.float()
     if settings.checkpoint_activations:
-        # transformers recomputes activations in training mode alone.
+        # transformers recomputes activations only in training mode.
         network.vlm.activation_checkpointing_enable({"use_reentrant": False})
         network.train()
     return network, sampler
 
 @contextmanager
 def gathered(run):
-    """The sampler, with the whole weights in the type of computing; void when the context ends."""
+    """The sampler with the whole weights, in the compute dtype; unusable after the context."""
     # Nothing is exchanged while the sampler decodes: it has none of FSDP's hooks, with which a rank
     # that has fewer prompts would wait for the others forever.
     units = [module for module in run.network.modules() if isinstance(module, fsdp.FSDPModule)]
     for unit in units:
         unit.unshard()
-    weights = dict(run.network.named_parameters(remove_duplicate=False))
+    weights = dict(run.network.named_parameters(remove_duplicate=False))    # tied ones twice
     run.sampler.load_state_dict(weights, assign=True)
     try:
         yield run.sampler
@@ -370,7 +370,7 @@ def gathered(run):
 
 # ---- Checkpoints -------------------------------------------------------------------------------
 def save(run):
-    """Write checkpoint-STEP unless it is there, then delete the oldest beyond --keep."""
+    """Write checkpoint-STEP, unless it is there, and delete the oldest beyond --keep."""
     final = run.directory / f"checkpoint-{run.step}"
     # Under this name until it is complete on disk, so no half-written one is ever found.
     unfinished = run.directory / "unfinished"
@@ -423,7 +423,7 @@ def compute_digests(directory):
     return dict(gather(digests))
 
 def own_checkpoints(directory):
-    """The run's checkpoints, the oldest first; UserError if another thing has such a name."""
+    """The run's checkpoints, the oldest first; an error if anything else has such a name."""
     steps = []
     for path in directory.glob("checkpoint-*"):
         step = model.read_json(path / f"{STATE}.json").get("step")

@@ -1,16 +1,16 @@
 """ViSurf (arXiv 2510.10606): one update that learns from rollouts and from the ground-truth label.
 
 Needs torch alone: copy it. For a prompt x, an image and a question, with the label y:
-    1. Sample G rollouts o_1 .. o_G from the policy; score them and y with the same rewards r(.)
-    2. Control the label's reward; each control has a switch of its own:
-         control 1  write y in the style of most rollouts so far     style_of, align_label
-         control 2  give y no reward for thinking                    label_reward
-         control 3  give y the rollouts' mean if one is as good      smooth_if_matched
-    3. Inject y into the group {o_1 .. o_G, y} of N = G + 1 members  visurf_advantages, which
-    4. Advantages  A_m = (r_m - mean) / (std + eps)                  does 2 to 4  (Eq. 6-7)
+    1. Sample G rollouts o_1 .. o_G from the policy
+    2. Write y as most rollouts so far are written (control 1)       style_of, align_label
+    3. Score rollouts and label with the same rewards r(.), but
+         control 2  y earns nothing for thinking                     label_reward
+         control 3  y gets their mean, if a rollout is as good       smooth_if_matched
+    4. Inject y into the group {o_1 .. o_G, y} of N = G + 1 members: visurf_advantages does 3 and 4
+         advantages  A_m = (r_m - mean) / (std + eps)                group_advantages  (Eq. 6-7)
     5. Maximise the token mean of min(rho A_m, clip(rho) A_m)        policy_loss  (Eq. 8)
 
-With one update per sampling, the importance ratio rho is 1, and the gradient, per token, is
+With one update per sampling, the ratio rho is 1, and a group's gradient is, up to its scale,
     1/N [ sum_i A_i grad log pi(o_i|x)  +  A_y grad log pi(y|x) ]                      (Eq. 9)
 Shapes: G rollouts, N members, T tokens; "..." are leading axes. Masks are True on real tokens.
 """
@@ -50,7 +50,7 @@ def style_of(answer_text):
     return matching[0] if len(matching) == 1 else None
 
 def preferred_style(votes):
-    """The style with most votes, a Counter; of several, the first in STYLES."""
+    """The style with the most votes; a tie goes to the first in STYLES."""
     return max(STYLES, key=lambda name: votes[name])
 
 def align_label(answer, style):
@@ -59,7 +59,7 @@ def align_label(answer, style):
         answer = STYLES[style](answer)
     return f"<answer>{answer}</answer>"
 
-# ---- Steps 2 to 4: rewards of a group, and its advantages --------------------------------------
+# ---- Steps 3 and 4: rewards of a group, and its advantages -------------------------------------
 def visurf_advantages(rollout_rewards, label_components, drop_thinking_reward=True,
                       smooth_label_reward=True):
     """Advantages (..., N) of G rollouts with rewards (..., G), and of their label, the last.
@@ -70,7 +70,7 @@ def visurf_advantages(rollout_rewards, label_components, drop_thinking_reward=Tr
     tensor([-0.4472, -0.4472, -0.4472, -0.4472,  1.7889])
     """
     r_label = label_reward(label_components, credit_thinking=not drop_thinking_reward)
-    r_label = r_label.to(rollout_rewards)               # 2.1 in float32 is below 2.1 in float64
+    r_label = r_label.to(rollout_rewards)               # 2.1 differs in another dtype
     if smooth_label_reward:
         r_label = smooth_if_matched(r_label, rollout_rewards)
     r_label = r_label.expand(rollout_rewards.shape[:-1])
@@ -84,7 +84,7 @@ def label_reward(components, credit_thinking=False):
     >>> label_reward({"thinking": 0.0, "format": 2.0, "accuracy": 3.0})
     tensor(5., dtype=torch.float64)
     """
-    # A label has no thinking: rewarding it anyway would teach the policy to stop thinking.
+    # Thinking rewards for a label, which has no thinking, would teach the policy not to think.
     if "thinking" in components:
         components = components | {"thinking": float(credit_thinking)}
     return sum(torch.as_tensor(value, dtype=torch.float64) for value in components.values())
@@ -111,7 +111,7 @@ def group_advantages(rewards, eps=1e-6):
     if N == 1:
         return torch.zeros_like(rewards)
     centred = rewards - rewards.mean(dim=-1, keepdim=True)                  # (..., N)
-    # A mean of N numbers may be off by N roundings: smaller deviations count as exactly 0.
+    # Exactly 0 where only rounding differs, so that equal rewards teach nothing.
     rounding = N * torch.finfo(rewards.dtype).eps * rewards.abs().amax(dim=-1, keepdim=True)
     centred = torch.where(centred.abs() <= rounding, 0.0, centred)
     return centred / (rewards.std(dim=-1, keepdim=True) + eps)
