@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from fcntl import LOCK_EX, LOCK_NB, flock
@@ -238,13 +239,12 @@ def parse(settings_class, argv, program):
     values = vars(parser.parse_args(argv))
     return settings_class(*[values[setting.name] for setting in fields(settings_class)])
 
-# Open files: a lock is held until the program ends, however it ends.
-held_locks = []
+held_locks = ExitStack()     # files, locked until the program ends, however it ends
 
 def claim(directory, resume=False):
     """Take a directory that is new or empty or, to resume, a run's own; else raise UserError."""
     directory.mkdir(parents=True, exist_ok=True)
-    lock = open(directory / ".lock", "w")
+    lock = held_locks.enter_context(open(directory / ".lock", "w"))
     try:
         flock(lock, LOCK_EX | LOCK_NB)
     except BlockingIOError:
@@ -252,7 +252,6 @@ def claim(directory, resume=False):
     others = set(os.listdir(directory)) - {".lock"}
     require(not others or resume and "config.json" in others, f"{directory} is not empty: "
             "give another --output_dir, or --resume if a run of train.py was in it")
-    held_locks.append(lock)
 
 def write_text(path, text):
     """Write a file that is there whole or not at all."""
@@ -288,7 +287,7 @@ def run_program(program, function, *args):
         complain(program, f"rank {world()[0]} waited for another rank in vain: {error}")
         sys.exit(1)
     finally:
-        held_locks.clear()
+        held_locks.close()
         # Python 3.11 crashes at exit if a thread of gloo is waiting for its lock.
         time.sleep(0.1)
 

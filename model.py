@@ -53,10 +53,8 @@ class GroupPolicy(nn.Module):
                 module.forward = MethodType(fused_rms_norm, module)
             if type(module).__name__.endswith("PatchEmbed"):
                 module.forward = MethodType(patch_product, module)
-        # Any of these ends a completion.
-        self.stop_tokens: list[int] = []
-        # These have probability 0: vision tokens, and embedding rows past the tokenizer's last.
-        self.forbidden_tokens: list[int] = []
+        self.stop_tokens = []  # any of these ends a completion
+        self.forbidden_tokens = []  # probability 0: vision tokens, rows past the tokenizer's last
 
     def forward(self, batch, completions, mask, temperature=1.0):
         """Float32 log-probs (B, N, T) of completions (B, N, T) under softmax(logits / temperature).

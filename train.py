@@ -293,7 +293,9 @@ def plan(run, groups):
     useful.sort(key=lambda group: max(map(len, group.ids)))
     size = run.settings.micro_batch_size
     micro_batches = [useful[i : i + size] for i in range(0, len(useful), size)]
-    tokens = sum(sum(map(len, group.ids)) for group in groups)
+    tokens = 0
+    for group in groups:
+        tokens += sum(map(len, group.ids))
     of_all_ranks = np.array(gather([(len(micro_batches), tokens)]))  # (W, 2)
     # FSDP's exchanges need all ranks: one with fewer micro-batches computes fillers.
     micro_batches += [[run.filler]] * (of_all_ranks[:, 0].max() - len(micro_batches))
@@ -319,7 +321,9 @@ def load_network(settings, source, device):
     """The network, each of W ranks holding 1/W of it in float32; and its sampler: see gathered."""
     network = model.load_pretrained(source, dtype="auto")
     # deepcopy takes what memo has: the sampler shares the buffers, and its weights are empty.
-    memo = {id(buffer): buffer for buffer in network.buffers()}
+    memo = {}
+    for buffer in network.buffers():
+        memo[id(buffer)] = buffer
     for weight in network.parameters():
         memo[id(weight)] = torch.nn.Parameter(weight.to("meta"))
     sampler = copy.deepcopy(network, memo)
@@ -327,7 +331,7 @@ def load_network(settings, source, device):
     if on_gpu:
         # Bytes a weight: 2 to sample; 16 (itself, gradient, AdamW's two), shared by the ranks.
         share = 0 if settings.cpu_offload else 16 / dist.get_world_size()
-        needed = (2 + share) * sum(weight.numel() for weight in network.parameters())
+        needed = (2 + share) * network.vlm.num_parameters()
         available = torch.cuda.get_device_properties(device).total_memory
         require(needed <= available, f"this --model needs {needed / 1e9:.0f} of "
                 f"{available / 1e9:.0f} GB before any activation: use more GPUs or --cpu_offload")
@@ -402,8 +406,7 @@ def write_checkpoint(run, directory):
     for log in run.directory.glob("*.jsonl"):
         state["log_sizes"][log.name] = log.stat().st_size
     on_first_rank(write_text, directory / f"{STATE}.json", json.dumps(state, indent=1))
-    # The final name must not reach the disk before the contents.
-    os.sync()
+    os.sync()     # the final name must not reach the disk before the contents
 
 def tensors(run):
     """Training state by name: weights, and AdamW's moments and step counts."""
@@ -424,12 +427,12 @@ def compute_digests(directory):
 
 def own_checkpoints(directory):
     """The run's checkpoints, the oldest first; an error if anything else has such a name."""
-    steps = []
+    paths = []
     for path in directory.glob("checkpoint-*"):
         step = model.read_json(path / f"{STATE}.json").get("step")
         require(path.name == f"checkpoint-{step}", f"{path}: holds step {step}; move it away")
-        steps.append(step)
-    return [directory / f"checkpoint-{step}" for step in sorted(steps)]
+        paths.append(path)
+    return sorted(paths, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 def compare_with_before(directory, config):
     """UserError if the directory holds another run, as --resume cannot change these settings."""

@@ -440,7 +440,7 @@ def change(name, **entries):
     lambda folder: (folder / "preprocessor_config.json").write_text("[]"),
     change("config.json", model_type="llama"),
     change("config.json", image_token_id=1),
-    change("tokenizer_config.json", chat_template="no image"),
+    change("chat_template.json", chat_template="no image"),
     change("tokenizer_config.json", tokenizer_class="NoTokenizer"),
     lambda folder: [file.unlink() for file in folder.glob("[vmt]*")]])
 def test_a_bad_checkpoint_folder_is_one_line(checkpoints, tmp_path, damage):
@@ -582,7 +582,7 @@ def test_a_tables_split_is_in_its_path_below_the_folder(tmp_path, above):
     write_tables(tmp_path / "other", *neither, *files["train"])
     for split in ("validation", "test"):
         message = mistake(load_samples, tmp_path / "other", GROUNDING, split)
-        assert "names this split, and no other" in message and f"no readable {split} data" in message
+        assert "names this split alone" in message and f"no readable {split} data" in message
     assert names_of(folder / "rows.parquet", "test") == ["rows.parquet"], "a file itself needs no name"
 
 
@@ -598,7 +598,7 @@ def test_validation_has_several_names(tmp_path, name):
     datasets.DatasetDict({name: table}).save_to_disk(str(tmp_path / "disk"))
     assert names_of(tmp_path / "disk", "validation") == ["seen"]
     message = mistake(load_samples, tmp_path / "disk", GROUNDING, "train")
-    assert "names this split, and no other" in message and "no readable train data" in message
+    assert "names this split alone" in message and "no readable train data" in message
 
 
 LLAVA = {"image": "image.png", "conversations": [{"from": "human", "value": "<image>\nWhere?"},

@@ -94,7 +94,7 @@ def test_the_readme_s_command_runs_from_nothing_and_fetches_each_file_once(serve
     """Two ranks ask for the default names: no file is sent twice, no pickle and no code at all; then eval.py."""
     run = call(server, tmp_path, [*readme_command(), "--max_steps", 1])
     assert run.returncode == 0, run.stderr
-    assert "2 x cpu, 2 samples" in run.stdout and "step    1/1" in run.stdout
+    assert "on 2 samples, 2 x cpu" in run.stdout and "step    1/1" in run.stdout
     checkpoint = {file.name for file in (ROOT / "assets" / "tiny-qwen2-vl").iterdir()}
     wanted = {*checkpoint, "data/train-00000-of-00001.parquet"}
     assert fetched(server) == dict.fromkeys(wanted, 1)

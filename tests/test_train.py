@@ -466,7 +466,7 @@ def grounding_file(tmp_path, **changes) -> Path:
 @pytest.mark.parametrize("flags, message", [
     (["--task", "painting"], "invalid choice: 'painting'"),
     (["--method", "dpo"], "invalid choice: 'dpo'"),
-    (["--num_generations", "1"], "--num_generations must be from 2"),
+    (["--num_generations", "1"], "--num_generations: must be from 2"),
     (["--batch_size", "0"], "--batch_size"),
     (["--temperature", "nan"], "--temperature"),
     (["--max_completion_length", "999999999"], "--max_completion_length"),
