@@ -81,13 +81,13 @@ def test_completions_run_on_the_memory_efficient_kernel(gpu, dtype):
     """Their attention asks for nothing that would materialise all scores, and reads the kernel's layout rightly."""
     heads = random_heads(dtype, gpu)
     group = model.GroupAttention(LENGTHS.to(gpu), int(LENGTHS.max()), REAL.to(gpu))
-    attend = group.attend
+    attend = group.attend_completions
 
     def attend_on_that_kernel(*args):
         with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION]):
             return attend(*args)
 
-    group.attend = attend_on_that_kernel
+    group.attend_completions = attend_on_that_kernel
     found = group(0, *heads)  # (S, H, E)
     found.float().sum().backward()
     assert all(x.grad.isfinite().all() for x in heads)

@@ -415,7 +415,7 @@ def mistake(capsys, arguments) -> str:
     (["--split", "tset"], "tset"),
     (["--data", "no/such/file.jsonl"], "no/such/file.jsonl"),
     (["--model", "/no/such/checkpoint"], "/no/such/checkpoint"),
-    (["--model", "."], "checkpoint"),
+    (["--model", "."], "config.json: missing or damaged; restore it"),
     (["--eval_batch_size", "0"], "--eval_batch_size: must be from 1 to 4096, not 0"), (["--limit", "-1"], "--limit"),
     (["--image_size", "x"], "--image_size"),
     (["--max_completion_length", "999999999"], "1 to 8192"),
