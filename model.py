@@ -457,6 +457,7 @@ def load_pretrained(path, dtype=torch.float32, device="cpu"):
     """A GroupPolicy of a checkpoint directory, in `dtype` ("auto": its own), or CheckpointError."""
     check_checkpoint(path)
     transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()  # not a table of names from a foreign file
     try:
         vlm, report = transformers.AutoModelForImageTextToText.from_pretrained(
             path, dtype=dtype, attn_implementation=ATTENTION, use_safetensors=True,

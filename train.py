@@ -27,7 +27,6 @@ from pathlib import Path
 # First: eval.py catches Ctrl-C before it imports slow modules.
 from eval import (Common, claim, flag, gather, is_first, leave_if_asked, my_share, note_signals,
                   on_first_rank, parse, run_program, start, world, write_text)
-
 import numpy as np
 import torch
 import torch.distributed as dist

@@ -9,6 +9,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from itertools import permutations
 from pathlib import Path
@@ -18,6 +20,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import data
 import eval as evaluation
@@ -426,6 +429,17 @@ def mistake(capsys, arguments) -> str:
 def test_a_users_mistake_is_one_line_before_anything_is_loaded(flags, complaint, files, monkeypatch, capsys):
     monkeypatch.setattr(model, "load_pretrained", lambda *_: pytest.fail("weights were loaded"))
     assert complaint in mistake(capsys, [*files, *flags])
+
+
+def test_missing_tensors_are_one_line(files, tmp_path):
+    """transformers would print a table of them, with names that a foreign file chose."""
+    broken = shutil.copytree(ROOT / "assets/tiny-qwen2-vl", tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, broken / "model.safetensors")
+    arguments = [sys.executable, ROOT / "eval.py", *files, "--model", broken, "--output_dir", tmp_path / "out"]
+    printed = subprocess.run(arguments, capture_output=True, text=True)
+    assert printed.returncode == 2 and printed.stderr.count("\n") == 1 and "missing_keys" in printed.stderr
 
 
 def test_unusable_weights_are_one_line(files, monkeypatch, capsys):
