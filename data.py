@@ -58,7 +58,7 @@ class Task:
     name: str
     prompt: str = FIND + OBJECTS
     kind: str = "objects"         # of answers: "objects", "count" or "math", see rewards.py
-    reward: object = rewards.score        # a function with its arguments
+    reward: object = rewards.score        # or a function that is called like it
     model: str = "Qwen/Qwen2-VL-2B-Instruct"
     data: str = ""                # default data for training; "" if there is none
     eval_data: str = ""
@@ -107,7 +107,7 @@ class Sample:
     choices: list = field(default_factory=list)      # the texts of A, B, ...
 
 def load_samples(source, task, split="train", limit=0, skip_bad_rows=False):
-    """Read and check all samples of a source, or `limit`; the first bad row raises DataError.
+    """Read and check all samples of a source, or `limit`; a bad row raises DataError or is skipped.
     source: a .jsonl or .parquet file, a folder, a hub id, or None for the task's own data.
     """
     require(task.kind != "math" or find_spec("math_verify"), "math needs: pip install math-verify")
@@ -136,7 +136,7 @@ def load_samples(source, task, split="train", limit=0, skip_bad_rows=False):
     return samples
 
 def open_rows(path, split):
-    """Lines of JSON, those that are not blank; or a table, which `datasets` maps into memory."""
+    """Lines of JSON without blank ones; or a table, which `datasets` maps into memory."""
     if path.suffix == ".jsonl":
         return list(filter(bytes.strip, path.read_bytes().splitlines()))
     try:
@@ -170,13 +170,13 @@ def read_row(rows, number):
     return json.loads(rows[number])
 
 def read_sample(rows, number, path, task, where):
-    """One row, checked; a ValueError or a TypeError says what is wrong with it."""
+    """One row, checked; an exception says what is wrong with it."""
     row = read_row(rows, number)
     # EasyR1 writes <image> where the image goes.
     question = str(first_of(row, ("problem", "text")) or "").replace("<image>", "", 1).strip()
     require(not re.search("<image>|<video>", question), "a sample is about one image")
     if task.kind != "math":
-        question = question.lower().strip('.?!" ')          # as the authors ask
+        question = question.lower().strip('.?!" ')          # as the authors do
     require(question, f"no 'problem' or 'text', or an empty one; {CONVERTER}")
     choices = row.get("choices") or []
     if isinstance(choices, str):
@@ -193,7 +193,7 @@ def read_sample(rows, number, path, task, where):
     frame = tuple(row.get("frame") or default_frame)
     for width, height in (frame, size):         # not too large: eval.py paints such masks
         require(width > 0 and height > 0 and width * height < 2e8,
-                "a frame or size is two positive numbers, of at most 200 megapixels in all")
+                "a frame or size is two positive numbers, up to 200 megapixels")
         require((height, width) != upright or width == height,
                 f"{width} x {height} is the image on its side: give it as its EXIF tag turns it")
     label = read_label(row, task, frame, choices)
@@ -237,8 +237,8 @@ def check_object(found, frame):
     valid = (cut[0] < cut[1]) & (corners[0] <= point) & (point <= corners[1])
     valid &= abs(corners - cut).max(axis=0) <= 0.02 * np.array(frame)
     is_share = corners.max() <= 1 < max(frame)
-    require(valid.all() and not is_share, f"no box with its point in {frame[0]} x {frame[1]}, but "
-            f'of another size, to 1000 (add "frame"), x, y, width, height or before EXIF? {found}')
+    require(valid.all() and not is_share, f"no box with its point in {frame[0]} x {frame[1]}; is "
+            f'it for another frame (add "frame"), x, y, width, height, or unturned (EXIF)? {found}')
     found["bbox_2d"] = cut.ravel().tolist()
     found["point_2d"] = point.clip(0, frame).tolist()
 
@@ -317,7 +317,7 @@ class Processor:
     def __init__(self, path, task, image_size=None, max_completion_length=np.inf):
         self.task = task
         self.image_size = image_size or task.image_size
-        self.max_completion_length = np.inf
+        self.max_completion_length = np.inf      # for the blank prompt below; then as given
         try:
             from transformers import AutoConfig, AutoTokenizer, Qwen2VLImageProcessorPil
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -391,7 +391,7 @@ def fetch(name, kind="model"):
     """The folder of a "model" or a "dataset": a local path as it is, or a repository on the hub."""
     if Path(name).exists():
         return Path(name)
-    # Only what has the shape of a hub id is asked for there: a mistyped path ends at once.
+    # Only what has the shape of a hub id is asked for there: most mistyped paths end at once.
     is_hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+(?<!\.jsonl)(?<!\.parquet)", str(name))
     require(is_hub_id, f"{name}: no such file or folder, nor owner/name as on the Hugging Face hub")
     try:

@@ -21,7 +21,7 @@ from pathlib import Path
 PROGRAM = Path(sys.argv[0]).name
 if PROGRAM in ("train.py", "eval.py") and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     # Importing and loading take a while, in which Ctrl-C has nothing to save.
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(f"{PROGRAM}: stopped before the first step"))
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(f"{PROGRAM}: stopped while loading"))
 
 import numpy as np
 import torch
@@ -41,7 +41,6 @@ def flag(default, help, low=0, high=np.inf, **words):
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"must be from {low} to {high}, not {value}")
         return value
-
     words["help"] = f"{help} (%(default)r)"
     if isinstance(default, bool):
         words["action"] = argparse.BooleanOptionalAction
@@ -96,7 +95,7 @@ def run(settings):
     on_first_rank(print, f"{format_table(means)}\n{directory}/answers.json")
     leave_if_asked("eval.py", f"{len(results)} of {len(samples)} samples are answered")
     for problem in bad_rows:
-        require(settings.skip_bad_rows, f"{problem}; others are answered; see --skip_bad_rows")
+        require(settings.skip_bad_rows, f"{problem}; the rest are answered; see --skip_bad_rows")
 
 def evaluate(network, processor, samples, max_new_tokens=512, batch_size=32, cuda_graph=True):
     """All ranks' results in samples' order, and a line on each sample that cannot be used."""
@@ -184,7 +183,7 @@ def measure_objects(predicted, label, size):
     scores["gIoU"] = intersection / max(union, 1)
     # For anomalies, anything that is listed says that there is a defect.
     scores["detected"] = scores["anomaly_acc"] = bool(predicted)
-    # accuracy, the authors': a box, or the box around all boxes, matches that around the label's.
+    # accuracy, the authors': any box, or the one around all, has IoU > 0.5 with the label's hull.
     overlaps = rewards.iou([*boxes, box_around(boxes)], box_around(true_boxes))
     scores["accuracy"] = (overlaps > 0.5).any()
     # one_to_one, ours: an object too many costs as much as one too few.
@@ -204,7 +203,7 @@ def numbers_of(answer, name, length):
     return np.array(numbers, float).reshape(-1, length)
 
 def box_around(boxes):
-    """The smallest box (4,) that holds all boxes (n, 4); around none, one that overlaps nothing."""
+    """The smallest box (4,) that holds all boxes (n, 4); if none, one that overlaps nothing."""
     low, high = np.split(boxes, 2, axis=1)
     return np.append(low.min(0, initial=np.inf), high.max(0, initial=-np.inf))
 

@@ -9,14 +9,14 @@ instead of N*(P + T), and an attention function of ours decides which token sees
     completion 1     all        causal         -
     completion 2     all        -              causal
 
-The positions of each completion continue from its prompt's, so it is computed as if it stood alone
-behind it. The vision tower runs once, and all members' gradients meet in the prompt.
+The positions of each completion continue from its prompt's, so each is computed as if it alone
+followed it. The vision tower runs once, and all members' gradients meet in the prompt.
 
 Shapes
     B   prompts in a batch               P   prompt tokens, right-padded to the longest
     N   completions of each prompt       T   completion tokens, right-padded
     R   rows being decoded, B*N          S   tokens of the flat sequence: B*P, then completions'
-    D   hidden size                      V   vocabulary          M   tokens to give log-probs of
+    D   hidden size                      V   vocabulary          M   tokens to be scored
     H   query heads, K key/value heads, g = H/K query heads for each of them, E size of a head
 """
 
@@ -111,7 +111,7 @@ class GroupPolicy(nn.Module):
         return positions.flatten(1), positions.amax(dim=(0, 2)) + 1
 
 def fused_rms_norm(module, x):
-    """transformers' RMSNorm in one operation; written out it costs a fifth of a small network."""
+    """transformers' RMSNorm in one operation; written out it takes 1/5 of a small network's time."""
     return F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
 
 def patch_product(module, pixels):
@@ -157,8 +157,8 @@ class GroupAttention:
     """Causal attention inside each prompt; each completion sees its own prompt and its own past.
 
     The flat sequence holds B*P prompt tokens and then the completions' inputs, those that are True
-    in `real` (B, N, T): here T leaves out each last token. Under a causal mask no token of a prompt
-    sees the padding behind it. store(layer, k, v) gets the prompts' keys and values of every layer.
+    in `real` (B, N, T): T is one less here, as a last token is no input. Under a causal mask, no
+    prompt token sees its padding. store(layer, k, v) gets the prompts' keys and values, by layer.
     """
 
     def __init__(self, lengths, P, real=None, store=None):
@@ -170,7 +170,7 @@ class GroupAttention:
         self.store = store
         self.bias = None
         _, self.N, self.T = real.shape
-        # Indices, found once: it waits for the GPU, and a mask would do so in every layer.
+        # nonzero waits for the GPU: once here, where a mask as index would wait in every layer.
         self.where = real.nonzero(as_tuple=True)
 
     def __call__(self, layer, q, k, v):
@@ -191,7 +191,7 @@ class GroupAttention:
         return torch.cat([output, self.attend_completions(self.completions(q), keys, values)])
 
     def attend_completions(self, q, keys, values):
-        """Completions' q (B*N, H, T, E), keys and values (B*N, K, P+T, E) -> outputs (n, H, E)."""
+        """Completions' q (B*N, H, T, E), keys and values (B*N, K, P+T, E) -> (S - B*P, H, E)."""
         rows, H, T, E = q.shape
         K = keys.shape[1]
         g = H // K
@@ -220,7 +220,7 @@ class GroupAttention:
 
     def completions(self, x):
         """The completions' part of x (heads, S, E), padded: (B*N, heads, T, E)."""
-        tokens = x[:, self.B * self.P :].transpose(0, 1)  # (n, heads, E)
+        tokens = x[:, self.B * self.P :].transpose(0, 1)  # (S - B*P, heads, E)
         padded = x.new_zeros(self.B, self.N, self.T, *tokens.shape[1:])
         return padded.index_put(self.where, tokens).flatten(0, 1).transpose(1, 2)
 
@@ -362,8 +362,8 @@ class Decoder:
         self.max_tokens = max_tokens
         self.captures = cuda_graph and device.type == "cuda"
         self.graph = None
-        self.prompts = {}  # of each layer: keys (K*B, E, P) and values (K*B, P, E)
-        self.rows = {}  # of each layer: keys and values (K*R, max_tokens, E)
+        self.prompts = {}  # by layer: keys (K*B, E, P) and values (K*B, P, E)
+        self.rows = {}  # by layer: keys and values (K*R, max_tokens, E)
         self.t = -1  # the slot that the current token fills
         self.window = 0  # how many slots attention reads
         # A graph reads these tensors: they are changed in place.

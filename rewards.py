@@ -7,7 +7,7 @@ r"""Rewards: read the answer of a completion, match it with the label, score it 
     accuracy    0 to 3   best one-to-one matching; a pair earns 1 for each of IoU, box L1 and point
     non_repeat  0 or 1   fewer than two sentences are repetitions
 
-Counting also takes a number. Mathematics takes any text: format and accuracy are 0 or 1.
+Counting also takes a number. Mathematics takes any text: no non_repeat, and the others are 0 or 1.
 """
 
 import json
@@ -20,7 +20,7 @@ from string import ascii_uppercase
 
 import numpy as np
 
-SENTENCE = re.compile(r"(?:[^.!?\n。！？]|(?<=\d)\.(?=\d))+")    # the dot in 0.5 ends none
+SENTENCE = re.compile(r"(?:[^.!?\n。！？]|(?<=\d)\.(?=\d))+")    # but not the dot in 0.5
 # Math-verify knows neither full-width characters nor the root sign.
 CHARACTERS = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {ord("√"): r"\sqrt "}
 # Math-verify reads words as products (dog = god), 1 1/2 as 1, and is slow on long texts.
@@ -29,7 +29,7 @@ NO_FORMULA = re.compile(r"(?s)^[a-zA-Z ]{3,}$|\d\s+\d|.{201}")
 def score(completion, label, kind="objects", frame=(840, 840), choices=(), **thresholds):
     """A completion's rewards, a dict: those components above that its kind of answer has.
 
-    label: objects with "bbox_2d" and perhaps "point_2d" that run to frame (width, height), or text.
+    label: text, or objects with "bbox_2d" and perhaps "point_2d", from 0 to frame (width, height).
     kind: "count", "math", or else objects. thresholds: see accuracy_score, in pixels of 840 x 840.
 
     >>> score('<answer>[{"bbox_2d": [0, 0, 50, 60]}]</answer>', [{"bbox_2d": [0, 0, 50, 50]}])
@@ -48,7 +48,7 @@ def score(completion, label, kind="objects", frame=(840, 840), choices=(), **thr
 
 def split_completion(completion):
     """The prose before the last `<answer>` outside thinking, and the answer, None if not closed."""
-    # NUL hides thinking: no answer starts there, and JSON forbids it inside an answer.
+    # Thinking becomes NULs: no answer starts in it, and an answer around it is no valid JSON.
     visible = re.sub(r"(?s)<think>.*?(?:</think>|\Z)", lambda t: "\0" * len(t[0]), completion)
     prose, opened, rest = visible.rpartition("<answer>")
     if not opened:
@@ -101,7 +101,7 @@ def format_score(predicted, label):
         return 2.0
     if predicted:
         return sum(map(len, predicted)) / len(predicted)
-    # A right "[]" earns all, or boxes where nothing is would earn more; a wrong one earns nothing.
+    # A right "[]" earns all, or else false boxes would earn more; a wrong "[]" earns nothing.
     return 2.0 if predicted == [] and count(label) == 0 else 0.0
 
 def count(answer):
@@ -149,7 +149,7 @@ def iou(boxes_a, boxes_b):
     return intersection / np.maximum(areas - intersection, 1e-12)             # two empty ones: 0
 
 def match(gains):
-    """One-to-one (row, column) pairs with the largest sum of integer gains (n, m) >= 0; none of 0.
+    """One-to-one (row, column) pairs of integer gains (n, m) above 0, whose sum is the largest.
     The Hungarian method (Kuhn 1955, Munkres 1957).
     >>> match([[3, 2], [3, 0]])      # 2 + 3 beats 3 + 0
     [(0, 1), (1, 0)]
@@ -175,7 +175,7 @@ def match(gains):
     for new_row in range(n):
         untried[:] = True
         while not place(new_row):
-            # The rows that looked get cheaper until one has a new column; theirs get dearer.
+            # Rows that looked get cheaper until one finds a column; columns they hold, dearer.
             rows = [new_row, *row_of[~untried]]
             step = excess[rows][:, untried].min()
             excess[rows] -= step
@@ -192,7 +192,7 @@ def same_answer(predicted, label, choices=()):
         return True
     if NO_FORMULA.search(gold) or NO_FORMULA.search(answer):
         return False
-    # What sympy loads at first need takes longer than most pairs: @cache does this once.
+    # Before the fork, once: what sympy loads at first use takes longer than most pairs do.
     equal_formulas("x(x+1)", "x^2+x")
     # A child judges. After half a second of CPU time the kernel kills it, even within a long call
     # of C, as 9^{9^{9^9}} is to gmpy2, and the pair counts as not equal.
@@ -217,7 +217,7 @@ def equal_formulas(gold, answer):
     return verify(gold, answer, timeout_seconds=None)
 
 def meaning(answer, choices=()):
-    """An answer in plain characters, without its box; the text of a choice for letter or index."""
+    r"""An answer in plain characters, without \boxed{}; a choice's text for letter or index."""
     unboxed = re.sub(r"^\\boxed\{((?!.*\\boxed).*)\}[\s.]*$", r"\1", answer.strip())
     text = unboxed.translate(CHARACTERS).strip().rstrip(" .")
     options = [meaning(choice) for choice in choices]

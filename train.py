@@ -65,7 +65,7 @@ class Run:
     """All that a run carries from step to step."""
     settings: Settings
     directory: Path
-    source: Path | dict                # the checkpoint it started from: see model.read_files
+    source: Path | dict                # the configs and tokenizer that each checkpoint gets
     processor: data.Processor
     samples: list[data.Sample]
     filler: "Group"                    # computed by a rank that has no work left
@@ -86,7 +86,7 @@ class Run:
                                             "exp_avg_sq": torch.zeros_like(weight)}
 
 STATE = "training_state"               # of a checkpoint: a folder of tensors, and a JSON file
-# It says so of every save of a single process.
+# torch.distributed.checkpoint warns so at every save of a single process.
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
 def main(argv=None):
@@ -120,7 +120,7 @@ def train(settings):
     on_first_rank(write_text, directory / "config.json", json.dumps(config, indent=2))
     resume(run)
     on_first_rank(print, f"{settings.method} on {len(samples)} samples, {world()[1]} x {device}")
-    if settings.method != "sft":
+    if settings.method != "sft":     # a score's keys are the rewards' names
         on_first_rank(print, "Loss near 0 is fine. Rewards:", *processor.score("", filler.example))
     loop(run)
 
@@ -298,7 +298,7 @@ def plan(run, groups):
     of_all_ranks = np.array(gather([(len(micro_batches), tokens)]))  # (W, 2)
     # FSDP's exchanges need all ranks: one with fewer micro-batches computes fillers.
     micro_batches += [[run.filler]] * (of_all_ranks[:, 0].max() - len(micro_batches))
-    # FSDP averages gradients over ranks, and update() losses: so divide by a rank's fair share.
+    # FSDP and update() average over ranks: so divide by the mean of the ranks' tokens.
     return micro_batches, of_all_ranks[:, 1].mean()
 
 def loss_of(run, micro_batch, total):
@@ -328,7 +328,7 @@ def load_network(settings, source, device):
     sampler = copy.deepcopy(network, memo)
     on_gpu = device.type == "cuda"
     if on_gpu:
-        # Bytes a weight: 2 to sample; 16 (itself, gradient, AdamW's two), shared by the ranks.
+        # Bytes per weight: 2 to sample; 16 (itself, gradient, AdamW's two), shared by the ranks.
         share = 0 if settings.cpu_offload else 16 / dist.get_world_size()
         needed = (2 + share) * network.vlm.num_parameters()
         available = torch.cuda.get_device_properties(device).total_memory
@@ -358,8 +358,8 @@ def load_network(settings, source, device):
 @contextmanager
 def gathered(run):
     """The sampler with the whole weights, in the compute dtype; unusable after the context."""
-    # Nothing is exchanged while the sampler decodes: it has none of FSDP's hooks, with which a rank
-    # that has fewer prompts would wait for the others forever.
+    # Nothing is exchanged while the sampler decodes: it has none of FSDP's hooks, with which ranks
+    # would wait forever for one that has fewer prompts.
     units = [module for module in run.network.modules() if isinstance(module, fsdp.FSDPModule)]
     for unit in units:
         unit.unshard()
@@ -373,7 +373,7 @@ def gathered(run):
 
 # ---- Checkpoints -------------------------------------------------------------------------------
 def save(run):
-    """Write checkpoint-STEP, unless it is there, and delete the oldest beyond --keep."""
+    """Write checkpoint-STEP, unless it is there or STEP is 0; delete the oldest beyond --keep."""
     final = run.directory / f"checkpoint-{run.step}"
     # Under this name until it is complete on disk, so no half-written one is ever found.
     unfinished = run.directory / "unfinished"
@@ -405,7 +405,8 @@ def write_checkpoint(run, directory):
     for log in run.directory.glob("*.jsonl"):
         state["log_sizes"][log.name] = log.stat().st_size
     on_first_rank(write_text, directory / f"{STATE}.json", json.dumps(state, indent=1))
-    os.sync()     # the final name must not reach the disk before the contents
+    os.sync()     # the final name must not reach the disk before the contents,
+    gather([])    # nor before those of other ranks
 
 def tensors(run):
     """Training state by name: weights, and AdamW's moments and step counts."""

@@ -6,7 +6,7 @@ Needs torch alone: copy it. For a prompt x, an image and a question, with the la
     3. Score rollouts and label with the same rewards r(.), but
          control 2  y earns nothing for thinking                     label_reward
          control 3  y gets their mean, if a rollout is as good       smooth_if_matched
-    4. Inject y into the group {o_1 .. o_G, y} of N = G + 1 members: visurf_advantages does 3 and 4
+    4. Inject y: the group {o_1 .. o_G, y} has N = G + 1 members     visurf_advantages, with 3
          advantages  A_m = (r_m - mean) / (std + eps)                group_advantages  (Eq. 6-7)
     5. Maximise the token mean of min(rho A_m, clip(rho) A_m)        policy_loss  (Eq. 8)
 
@@ -70,7 +70,7 @@ def visurf_advantages(rollout_rewards, label_components, drop_thinking_reward=Tr
     tensor([-0.4472, -0.4472, -0.4472, -0.4472,  1.7889])
     """
     r_label = label_reward(label_components, credit_thinking=not drop_thinking_reward)
-    r_label = r_label.to(rollout_rewards)               # 2.1 differs in another dtype
+    r_label = r_label.to(rollout_rewards)               # 2.1 is less in float32
     if smooth_label_reward:
         r_label = smooth_if_matched(r_label, rollout_rewards)
     r_label = r_label.expand(rollout_rewards.shape[:-1])
