@@ -111,7 +111,7 @@ class GroupPolicy(nn.Module):
         return positions.flatten(1), positions.amax(dim=(0, 2)) + 1
 
 def fused_rms_norm(module, x):
-    """RMSNorm in one operation; as transformers writes it, it takes 1/5 of a small network's time."""
+    """RMSNorm in one operation; as transformers writes it, it takes a fifth of a small step."""
     return F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
 
 def patch_product(module, pixels):
