@@ -8,9 +8,9 @@
 A finished run is a line in runs/study/records.jsonl. What is recorded is never run again, and a run that was
 killed starts anew: to continue, give the same command again. A fresh clone continues from the committed
 records, assets/study.jsonl; base networks that are missing are made again from their seeds. Two runs at a time, of
-one thread each. The figure needs matplotlib.
+one thread each. To publish: cp runs/study/records.jsonl assets/study.jsonl, then --report, which needs matplotlib.
 
-Fixed before the main runs, in the commit that this docstring came with:
+Fixed before the main runs, in commit 3e8bacd:
 
   Bases       A (bundled) and B (the same recipe, seed 1) never sample []. A+ and B+ are A and B after 200 more steps
               of their lessons, in which a fifth of the "find" answers that say "it is nowhere" end with [].
@@ -67,7 +67,7 @@ import visurf
 
 # ---- Settings ---------------------------------------------------------------------------------------------------
 
-RUNS, COMMITTED, FIGURE = Path("runs/study"), ROOT / "assets/study.jsonl", ROOT / "assets/study.png"
+RUNS, COMMITTED = Path("runs/study"), ROOT / "assets/study.jsonl"
 SEARCH_BASES, CONTROL_BASES, BEYOND_BASES = ("A", "B+"), ("A", "A+"), ("A", "B+")
 SEEDS, SEARCH_SEEDS, CONTROL_SEEDS = range(5), (100, 101), range(3)
 STEPS, MOST_RATES, TEST_SIZE, VALIDATION_SIZE, LESSON_SIZE = 240, 6, 1600, 400, 200
@@ -231,7 +231,7 @@ def alone(name: str):
 def train_stage(job: Job, number: int, start: Path) -> Path:
     """Train one stage of a run, unless it is there, and return its directory."""
     words = [job.base, job.seed] + [word for stage in job.stages[:number] for word in stage if word != ""]
-    directory = RUNS / "-".join(map(str, words)).replace(" ", "_")
+    directory = RUNS / "-".join(map(str, words)).replace(" ", "_").replace("/", "_")
     with alone(directory.name):
         if (directory / "notes.json").exists():
             return directory
@@ -423,7 +423,7 @@ def run_again(records: dict):
 
 def show(records: dict, figure: Path) -> dict[str, str]:
     """Print all tables, draw the figure, and return the tables by name."""
-    grids, best, missing = search(records)
+    grids, best, _ = search(records)
     planned = jobs_after_search(records)
     # Runs at rates that the search has dropped are no part of the result.
     runs = {(job.arm, job.base, job.seed): records[job.key]
@@ -431,7 +431,8 @@ def show(records: dict, figure: Path) -> dict[str, str]:
     searched = [record for record in records.values() if record["job"]["part"] == "search"
                 and record["job"]["stages"][0][2] in (record["job"]["stages"][-1][2], best.get("sft"))]
     bases = {job.base: records[job.key] for job in BASE_JOBS if job.key in records}
-    progress = {"search": (len(searched), len(searched) + len(missing))}
+    each = len(SEARCH_BASES) * len(SEARCH_SEEDS)
+    progress = {"search": (len(searched), each * sum(map(len, grids.values())))}
     for part, jobs in planned.items():
         progress[part] = (sum(job.key in records for job in jobs), len(jobs))
     tables = report.tables(progress, grids, best, searched, bases, runs)
@@ -450,7 +451,7 @@ def main(argv=None):
     parser.add_argument("--smoke", action="store_true", help="tiny numbers: a few minutes")
     config = parser.parse_args(argv)
     if config.report:
-        tables = show(read_records(COMMITTED), FIGURE)
+        tables = show(read_records(COMMITTED), COMMITTED.with_suffix(".png"))
         for document in (ROOT / "docs/results.md", ROOT / "README.md"):
             report.write_tables(document, tables)
         return

@@ -1,4 +1,4 @@
-"""What the study measures of a checkpoint: accuracy by sort of question, how it answers, and what it still remembers."""
+"""What the study measures of a checkpoint: accuracy by sort of question, how it answers, what it still remembers."""
 
 import json
 from pathlib import Path

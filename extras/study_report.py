@@ -18,9 +18,10 @@ SECONDARY = ("mean of three", "retention", "thinking", "false []", "truncated")
 BEYOND = ("mean of four", "thinking", "retention")
 # What the notes of each step are called, and how a table calls them.
 TRACES = {
-    "active": "labels with an advantage",
-    "thinking": "rollouts that reason first",
-    "[]": "rollouts that answer `[]`",
+    "active": "labels with an advantage, %",
+    "advantage": "a label's mean advantage",
+    "thinking": "rollouts that reason first, %",
+    "[]": "rollouts that answer `[]`, %",
 }
 
 # ---- Tests ------------------------------------------------------------------------------------------------------
@@ -221,7 +222,7 @@ def secondary_table(runs: dict) -> str:
 
 
 def early_table(runs: dict) -> str:
-    """How ViSurf's rollouts and labels change: means over runs, in percent, by stretches of steps (ten to a note)."""
+    """How ViSurf's rollouts and labels change: means over runs by stretches of steps, ten of which share a value."""
     stretches = {"1–10": slice(0, 1), "11–20": slice(1, 2), "21–60": slice(2, 6), "last 40": slice(-4, None)}
     rows = []
     for kind, bases in KINDS.items():
@@ -229,8 +230,10 @@ def early_table(runs: dict) -> str:
             for sort in ("absent", "present"):
                 traces = [record["trace"][f"{name} {sort}"] for record in select(runs, "visurf", bases)]
                 if traces:
-                    cells = [np.array([trace[stretch] for trace in traces], float) for stretch in stretches.values()]
-                    rows.append([f"{meaning}, {sort}; base {kind}", *(f"{100 * np.nanmean(c):.0f}" for c in cells)])
+                    rows.append([f"{meaning}: {sort}, base {kind}"])
+                    for stretch in stretches.values():
+                        mean = np.nanmean(np.array([trace[stretch] for trace in traces], float))
+                        rows[-1].append(f"{mean:.2f}" if name == "advantage" else f"{100 * mean:.0f}")
     return table(["visurf, steps", *stretches], rows)
 
 
@@ -306,7 +309,7 @@ def draw(runs: dict, path):
                     panel.plot(10 * np.arange(len(values)) + 5, values, line, color=colour,
                                label=f"{sort}; base {kind.replace('`', '')}")
         panel.set_ylim(-3, 103)
-        panel.set_title(f"ViSurf: {TRACES[name]}, %")
+        panel.set_title(f"ViSurf: {TRACES[name]}")
         panel.set_xlabel("optimizer step")
     left.legend(fontsize=8)
     others[0].legend(fontsize=8)

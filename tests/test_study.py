@@ -3,7 +3,6 @@
 import itertools
 import json
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -207,8 +206,8 @@ def test_rulings_and_tables_of_records_made_up():
     rates = {"sft": 1e-4, "visurf": 2e-4, "rlvr": 1e-4, "sft-rlvr": 5e-5}
     records = searched(rates)
     for job in sum(study.jobs_after_search(records).values(), []):
-        lead = {"visurf": 0.7, "rlvr": 0.8 if job.base.endswith("+") else 0.4}.get(job.arm, 0.69 + 0.01 * (job.seed % 3))
-        records[job.key] = fake_record(job, lead)
+        scores = {"visurf": 0.7, "rlvr": 0.8 if job.base.endswith("+") else 0.4}
+        records[job.key] = fake_record(job, scores.get(job.arm, 0.69 + 0.01 * (job.seed % 3)))
     runs = {(job.arm, job.base, job.seed): records[job.key]
             for jobs in study.jobs_after_search(records).values() for job in jobs}
     found = {comparison.label: comparison for comparison in report.rulings(runs)}
