@@ -201,7 +201,7 @@ def run_job(job: Job) -> dict:
         notes = {"cpu_seconds": 0.0, "trace": {}}
         if not job.stages:
             notes["empty_sampled"] = measuring.sampled_empty(checkpoint, VALIDATION_SIZE)
-            notes["sha256"] = hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest()
+            notes["sha256"] = digest(checkpoint)
         for number, (_, steps, _, option) in enumerate(job.stages, 1):
             directory = train_stage(job, number, checkpoint)
             checkpoint = directory / f"checkpoint-{steps}"
@@ -373,6 +373,18 @@ def prepare_base(name: str) -> Path:
     return directory
 
 
+def digest(checkpoint: Path) -> str:
+    return hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest()
+
+
+def check_bases(records: dict):
+    """Stop if this machine makes another base from the same seed than the one that the records began with."""
+    for job in BASE_JOBS:
+        if job.key in records and digest(prepare_base(job.base)) != records[job.key]["sha256"]:
+            sys.exit(f"base {job.base} is not that of the records: this processor rounds differently. Give "
+                     f"{RUNS / 'base-B'} and the others from there, or begin anew with an empty {RUNS}/records.jsonl")
+
+
 def teach_empty_answers(start: Path, output: Path, seed: int):
     """Go on teaching a base its lessons, some of which answer [] where nothing is to be found."""
     plain_lesson = make_tiny.lesson
@@ -409,6 +421,7 @@ def run_everything(records: dict):
         # B takes long to make, so it is first, and what needs it comes after what does not.
         return job != BASE_JOBS[report.BASES.index("B")], job.base[0]
 
+    check_bases(records)
     while missing := [job for job in BASE_JOBS + search(records)[2] if job.key not in records]:
         run_jobs(sorted(missing, key=turn), records)
     run_jobs(sum(jobs_after_search(records).values(), []), records)

@@ -108,6 +108,10 @@ def test_a_base_can_learn_to_sample_empty_answers(small):
     assert study.prepare_base("A+") == directory and (directory / "model.safetensors").stat().st_mtime_ns == made
     assert study_measure.sampled_empty(directory, 8) <= 1
     assert not list(small.glob("tmp*"))
+    job = study.Job("bases", "base", "A+", 0)
+    study.check_bases({job.key: {"sha256": study.digest(directory)}})
+    with pytest.raises(SystemExit, match="base A\\+ is not that of the records"):
+        study.check_bases({job.key: {"sha256": "another"}})
 
 
 def train_two_steps(tmp_path, name: str, *patches) -> list[dict]:
