@@ -1,441 +1,486 @@
-"""The study: does one stage with injected labels beat supervision, reinforcement, and the two in sequence?
+"""The study: when does it pay to inject the label, and against what?
 
-    python extras/study.py                     # everything; what is done is not done again
-    python extras/study.py --parts steps       # one part of it: search, steps, compute, controls
-    python extras/study.py --report            # tables and figure again; of the published results, if there are no own
+    python extras/study.py              # everything, from nothing: about four hours on two idle cores
+    python extras/study.py --report     # tables and figure from the committed records
+    python extras/study.py --again      # seed 0 of each method once more, compared with its record
+    python extras/study.py --smoke      # all of it with tiny numbers, to see that it works
 
-Four methods on the built-in task, from two base checkpoints that differ by their seed:
+A finished run is a line in runs/study/records.jsonl. What is recorded is never run again, and a run that was
+killed starts anew: to continue, give the same command again. A fresh clone continues from the committed
+records, assets/study.jsonl; base networks that are missing are made again from their seeds. Two runs at a time, of
+one thread each. To publish: cp runs/study/records.jsonl assets/study.jsonl, then --report, which needs matplotlib.
 
-    sft        cross-entropy on the labels             rlvr      GRPO: rollouts alone
-    sft-rlvr   half the steps of one, then the other   visurf    rollouts with the label injected
+Fixed before the main runs, in commit 3e8bacd:
 
-Parts: `search` tries each method's learning rates on the validation split; `steps` gives each method as many optimizer
-steps, `compute` as many seconds, `controls` takes one reward control at a time from visurf. A run is a process of one
-thread. Its directory, runs/study/PART/ARM-BASE-SEED, holds train.py's files and result.json; all results together go to
-runs/study/study.json, from which the tables and study.png are made. Those of docs/results.md are in assets/. The
-picture needs matplotlib.
-
-Decided before the runs of `steps`, `compute` and `controls`: the main number is the mean accuracy of the four sorts of
-question on the test split ("mean of the four"), the second one is retention. ViSurf minus a rival, paired by base and
-seed, `holds` the paper's claim if the mean difference is positive and a sign-flip test has p < 0.05, `fails` it if
-negative with p < 0.05, and leaves it `open` otherwise.
+  Bases       A (bundled) and B (the same recipe, seed 1) never sample []. A+ and B+ are A and B after 200 more steps
+              of their lessons, in which a fifth of the "find" answers that say "it is nowhere" end with [].
+  Methods     sft, rlvr, visurf: 240 steps each. sft-rlvr: 240 of sft, then 240 of rlvr. Labels are aligned alike.
+              sft-long: sft for as many CPU seconds as visurf took in the search.
+  Search      On the validation split, bases A and B+, two seeds that are not used again: as many runs for each method.
+              The rate with the best mean of four is taken. While any method's best is at an end of its grid, every
+              grid gets one more rate, on the side of its best. Of sft-rlvr, the rate of the second stage is searched.
+  Main        4 bases x 5 seeds. Test: 1,600 questions that are drawn for the study alone.
+  Primary     mean of four: the accuracy (IoU > 0.5, or a right []), averaged over the four sorts of question.
+  Secondary   mean of the three sorts that are present; retention; thinking, by sort; false []: the share of [] where
+              something is there; truncated answers.
+  Tests       ViSurf minus a rival, paired by base and seed; two-sided sign-flip test over all pairs. Primary: each of
+              four rivals, over all bases, over those that never sample [], and over those that do; Holm over these 12.
+              Secondary: Holm over all of their tests together.
+  A win       is p < 0.05 after Holm, "ahead" or "behind"; anything else is "open". As a base is the unit that a
+              reader would generalise over, each ruling also says in how many bases ViSurf's mean is ahead.
+  Controls    each switched off alone, on A and A+, 3 seeds; and sft on labels as the data set wrote them. Six pairs
+              cannot reach p < 0.05 after Holm, so these are differences without a ruling.
+  Beyond      Three changes of ViSurf that are not in the paper, on A and B+, 5 seeds; Holm over their 9 tests.
 """
 
 import argparse
 import contextlib
-import itertools
+import fcntl
+import hashlib
 import json
 import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "extras")]
 import data
-import eval as evaluate
+import eval as evaluation
 import make_tiny
 import model
 import rewards
+import study_measure as measuring
+import study_report as report
 import train
-from make_digits import QUESTIONS, SPLITS, draw
+import visurf
 
-# ---- Settings, fixed before the runs they are for --------------------------------------------------------------------
+# ---- Settings ---------------------------------------------------------------------------------------------------
 
-RUNS, PUBLISHED = Path("runs/study"), ROOT / "assets/study.json"
-BASES = {"A": ROOT / "assets/tiny-qwen2-vl", "B": RUNS / "base-B"}
-BASE_SEED = {"B": 1}  # of extras/make_tiny.py; A is bundled, with seed 0
-SEEDS, COMPUTE_SEEDS, SEARCH_SEEDS = range(5), range(4), (100,)
-STEPS, BATCH, EVAL_STEPS, EVAL_SAMPLES = 240, 8, 60, 200
-MEASURED_SAMPLES, RETENTION_SAMPLES = 400, 100  # the whole split; of each lesson
-RATES = (5e-5, 1e-4, 2e-4, 4e-4)  # tried for every method on base A; of two stages, for the second
-CHOSEN = {"sft": 2e-4, "rlvr": 1e-4, "sft-rlvr": 5e-5, "visurf": 2e-4}  # the best of the search
-# Steps that cost as many seconds as visurf's, by the runs of the search: 0.104 s a step of sft, 0.305 of rlvr, 0.44 of
-# visurf; of two stages, each has half of the time
-COMPUTE = {"sft": (1000,), "rlvr": (345,), "sft-rlvr": (505, 172)}
-CONTROLS = {"visurf-unaligned": "--no-align_label", "visurf-thinking": "--no-drop_thinking_reward",
-            "visurf-unsmoothed": "--no-smooth_label_reward"}
+RUNS, COMMITTED = Path("runs/study"), ROOT / "assets/study.jsonl"
+SEARCH_BASES, CONTROL_BASES, BEYOND_BASES = ("A", "B+"), ("A", "A+"), ("A", "B+")
+SEEDS, SEARCH_SEEDS, CONTROL_SEEDS = range(5), (100, 101), range(3)
+STEPS, MOST_RATES, TEST_SIZE, VALIDATION_SIZE, LESSON_SIZE = 240, 6, 1600, 400, 200
+# sft first: the two stages need its rate.
+RATES = {
+    "sft": (5e-5, 1e-4, 2e-4, 4e-4),
+    "visurf": (5e-5, 1e-4, 2e-4, 4e-4),
+    "rlvr": (2.5e-5, 5e-5, 1e-4, 2e-4),
+    "sft-rlvr": (2.5e-5, 5e-5, 1e-4, 2e-4),
+}
+CONTROLS = {
+    "label unaligned": "--no-align_label",
+    "thinking credited": "--no-drop_thinking_reward",
+    "label unsmoothed": "--no-smooth_label_reward",
+}
+# How a base is taught: full size, then its continuation.
+LESSON_STEPS = {"seeing_steps": 2000, "matching_steps": 500, "answering_steps": 1200}
+MORE_STEPS, MORE_RATE, EMPTY_SHARE = 200, 2e-4, 0.2
+SMOKE = {"RUNS": Path("runs/study-smoke"), "SEEDS": range(1), "SEARCH_SEEDS": (100,), "CONTROL_SEEDS": range(1),
+         "STEPS": 2, "MOST_RATES": 4, "TEST_SIZE": 8, "VALIDATION_SIZE": 8, "LESSON_SIZE": 2, "MORE_STEPS": 2,
+         "LESSON_STEPS": dict.fromkeys(LESSON_STEPS, 2)}
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run: from a base checkpoint, one or more stages of train.py, each from where the last one ended."""
+    """A run: from a base, one or two stages of train.py, each (method, steps, learning rate, option or "").
+
+    The option is one of CONTROLS, switched off, or one of VARIANTS. A job without stages measures the base itself.
+    """
 
     part: str
     arm: str
     base: str
     seed: int
-    stages: tuple[tuple, ...]  # (method, steps, learning rate, further flags …)
+    stages: tuple = ()
 
     @property
-    def directory(self) -> Path:
-        return RUNS / self.part / f"{self.arm}-{self.base}-{self.seed}"
+    def key(self) -> str:
+        return json.dumps(asdict(self))
 
 
-def stages(arm: str, rates: dict, steps=None) -> tuple[tuple, ...]:
-    """What an arm consists of at `rates`; steps: of each of its stages (default: STEPS, shared alike)."""
+BASE_JOBS = [Job("bases", "base", base, 0) for base in report.BASES]
+
+# ---- Which runs there are ---------------------------------------------------------------------------------------
+
+def stages_of(arm: str, rates: dict, option: str = "") -> tuple:
+    """What an arm trains, by the rate of each method."""
     if arm == "sft-rlvr":
-        first, second = steps or (STEPS // 2, STEPS // 2)
-        return ("sft", first, rates["sft"]), ("rlvr", second, rates["sft-rlvr"])
-    method, *flags = ("visurf", CONTROLS[arm]) if arm in CONTROLS else (arm,)
-    return ((method, *(steps or (STEPS,)), rates[method], *flags),)
+        return ("sft", STEPS, rates["sft"], ""), ("rlvr", STEPS, rates["sft-rlvr"], "")
+    return ((arm, STEPS, rates[arm], option),)
 
 
-def jobs_of(part: str) -> list[Job]:
-    """All runs of a part."""
-    if part == "search":
-        return [Job(part, f"{arm}-{rate:g}", "A", seed, stages(arm, {**CHOSEN, arm: rate}))
-                for seed in SEARCH_SEEDS for arm in CHOSEN for rate in RATES]
-    if part == "controls":
-        return [Job(part, arm, "A", seed, stages(arm, CHOSEN)) for seed in SEEDS for arm in CONTROLS]
-    steps, seeds = (COMPUTE, COMPUTE_SEEDS) if part == "compute" else (dict.fromkeys(CHOSEN), SEEDS)
-    return [Job(part, arm, base, seed, stages(arm, CHOSEN, steps[arm]))
-            for seed in seeds for base in BASES for arm in steps]
+def search(records: dict) -> tuple[dict, dict, list[Job]]:
+    """The grid of each method, its best rate as far as it is known, and the runs that the search needs next."""
+    grids = dict(RATES)
+    while True:
+        best, missing = {}, []
+        for method, grid in grids.items():
+            if method == "sft-rlvr" and "sft" not in best:
+                continue                                  # its first stage is not known yet
+            jobs = {rate: search_jobs(method, {**best, method: rate}) for rate in grid}
+            todo = [job for rate in grid for job in jobs[rate] if job.key not in records]
+            missing += todo
+            if not todo:
+                best[method] = max(grid, key=lambda rate: report.mean_of([records[job.key] for job in jobs[rate]]))
+        at_an_end = [method for method in best if best[method] in (grids[method][0], grids[method][-1])]
+        if missing or not at_an_end or len(grids["sft"]) == MOST_RATES:
+            return grids, best, missing
+        # As many runs for each method: all grids grow.
+        for method, grid in grids.items():
+            lower = grid.index(best[method]) < len(grid) / 2
+            grids[method] = (grid[0] / 2, *grid) if lower else (*grid, grid[-1] * 2)
 
 
-# ---- Running ---------------------------------------------------------------------------------------------------------
+def search_jobs(method: str, rates: dict) -> list[Job]:
+    stages = stages_of(method, rates)
+    return [Job("search", method, base, seed, stages) for base in SEARCH_BASES for seed in SEARCH_SEEDS]
 
 
-def run_jobs(jobs: list[Job]):
-    """Run what has no result yet, a process for each core, forked from this one, which has imported everything."""
-    waiting = [job for job in jobs if not (job.directory / "result.json").exists()]
-    with multiprocessing.get_context("fork").Pool(os.cpu_count(), maxtasksperchild=1) as pool:
-        for _ in tqdm(pool.imap_unordered(run_job, waiting, chunksize=1), "runs", len(waiting)):
-            pass
+def jobs_after_search(records: dict) -> dict[str, list[Job]]:
+    """All runs that follow the search, by part; none before the search is complete."""
+    _, rates, missing = search(records)
+    if missing or len(rates) < len(RATES):
+        return {}
+    jobs = {"main": [], "compute": [], "controls": [], "beyond": []}
+    long = (("sft", equal_compute_steps(records, rates), rates["sft"], ""),)
+    # Seeds outermost: whenever this ends, what is there is balanced.
+    for seed in SEEDS:
+        for arm in RATES:
+            jobs["main"] += [Job("main", arm, base, seed, stages_of(arm, rates)) for base in report.BASES]
+        jobs["compute"] += [Job("compute", "sft-long", base, seed, long) for base in report.BASES]
+        for name in VARIANTS:
+            jobs["beyond"] += [Job("beyond", f"visurf, {name}", base, seed, stages_of("visurf", rates, name))
+                               for base in BEYOND_BASES]
+    arms = [("visurf", name) for name in CONTROLS] + [("sft", "label unaligned")]
+    for seed in CONTROL_SEEDS:
+        for method, name in arms:
+            jobs["controls"] += [Job("controls", f"{method}, {name}", base, seed, stages_of(method, rates, name))
+                                 for base in CONTROL_BASES]
+    return jobs
+
+
+def equal_compute_steps(records: dict, rates: dict) -> int:
+    """Steps of sft that take as many CPU seconds as visurf's, by the runs of the search at the chosen rates."""
+    seconds = {method: np.mean([records[job.key]["cpu_seconds"] for job in search_jobs(method, rates)])
+               for method in ("sft", "visurf")}
+    return round(STEPS * seconds["visurf"] / seconds["sft"] / 10) * 10
+
+
+# ---- Running ----------------------------------------------------------------------------------------------------
+
+def run_jobs(jobs: list[Job], records: dict):
+    """Run what has no record, two at a time, each in a process forked from this one; append its record."""
+    waiting = [job for job in jobs if job.key not in records]
+    with multiprocessing.get_context("fork").Pool(2, os.nice, (19 - os.nice(0),), maxtasksperchild=1) as pool:
+        for record in tqdm(pool.imap_unordered(run_job, waiting, chunksize=1), "runs", len(waiting)):
+            records[json.dumps(record["job"])] = record
+            with open(RUNS / "records.jsonl", "a") as file:
+                file.write(json.dumps(record) + "\n")
         # Not only terminated: a worker of train.py's takes SIGTERM for a wish to save, and stays.
         pool.close()
         pool.join()
 
 
-def run_job(job: Job):
-    """All stages of a run, then its measurement; what it prints goes to its directory. A killed run goes on."""
-    job.directory.mkdir(parents=True, exist_ok=True)
-    checkpoint, curves = BASES[job.base], job.part in ("steps", "controls")
-    with open(job.directory / "log.txt", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        for number, (method, steps, rate, *flags) in enumerate(job.stages, 1):
-            output = job.directory / f"stage-{number}"
-            command = {"method": method, "model": checkpoint, "max_steps": steps, "learning_rate": rate,
-                       "batch_size": BATCH, "seed": job.seed, "save_steps": EVAL_STEPS,
-                       "keep": steps if curves else 1, "output_dir": output}
-            command = [str(word) for name, value in command.items() for word in (f"--{name}", value)]
-            try:
-                with count_cpu_seconds(job.directory / "cpu.jsonl", number):
-                    train.main([*command, *flags, "--resume"])
-            except SystemExit as error:  # a pool would wait for this process for ever
-                raise RuntimeError(f"{output}: train.py ended with exit code {error.code}; see log.txt") from None
-            checkpoint = output / f"checkpoint-{steps}"
-        result = measure(checkpoint, "validation" if job.part == "search" else "test")
-        result |= read_logs(job) | {"curve": measure_curve(job) if curves else []}
-    result |= {"part": job.part, "arm": job.arm, "base": job.base, "seed": job.seed, "stages": job.stages}
-    evaluate.write_text(job.directory / "result.json", json.dumps(result))
-    for number in range(1, len(job.stages) + 1):
-        for passed in train.own_checkpoints(job.directory / f"stage-{number}")[:-1]:
-            shutil.rmtree(passed)
+def run_job(job: Job) -> dict:
+    """Train all stages of a run and measure where it ends."""
+    name = hashlib.sha256(job.key.encode()).hexdigest()[:8]
+    with open(RUNS / f"log-{name}.txt", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        print(job.key)
+        checkpoint = prepare_base(job.base)
+        notes = {"cpu_seconds": 0.0, "trace": {}}
+        if not job.stages:
+            notes["empty_sampled"] = measuring.sampled_empty(checkpoint, VALIDATION_SIZE)
+            notes["sha256"] = digest(checkpoint)
+        for number, (_, steps, _, option) in enumerate(job.stages, 1):
+            directory = train_stage(job, number, checkpoint)
+            checkpoint = directory / f"checkpoint-{steps}"
+            found = model.read_json(directory / "notes.json")
+            # Seconds of all stages; the trace of the last.
+            notes = {"cpu_seconds": notes["cpu_seconds"] + found["cpu_seconds"], "trace": found["trace"]}
+        if job.part == "search":
+            samples = data.load_samples(None, data.TASKS["digits"], "validation", VALIDATION_SIZE)
+            numbers = measuring.measure(checkpoint, samples)
+        else:
+            with alone("test"):
+                samples = measuring.test_samples(RUNS / "test.jsonl", TEST_SIZE)
+            numbers = measuring.measure(checkpoint, samples, LESSON_SIZE)
+        if job.stages and job.stages[-1][0] != "sft":    # an sft checkpoint may begin a run of two stages
+            shutil.rmtree(directory)
+    return {"job": json.loads(job.key), "cpu": torch.backends.cpu.get_cpu_capability(), **notes, "numbers": numbers}
 
 
 @contextlib.contextmanager
-def count_cpu_seconds(path: Path, stage: int):
-    """Write down the CPU seconds of every training step: as two runs share two cores, their wall time varies."""
-    train_step = train.train_step
-
-    def timed_step(run):
-        start = time.process_time()
-        outcome = train_step(run)
-        record = {"stage": stage, "step": run.step, "cpu_seconds": time.process_time() - start}
-        with path.open("a") as log:
-            print(json.dumps(record), file=log)
-        return outcome
-
-    train.train_step = timed_step
-    try:
+def alone(name: str):
+    """One process at a time does this: two runs may need the same base or first stage."""
+    with open(RUNS / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-    finally:
-        train.train_step = train_step
 
 
-def measure(checkpoint, split: str) -> dict:
-    """Final numbers of a checkpoint: accuracy on each sort of question, retention, and how it answers."""
-    network, processor, results = answer(checkpoint, split, MEASURED_SAMPLES)
-    kept = {sort: retention(network, processor, sort, split) for sort in RETENTION}
-    metrics = evaluate.metrics(results, data.TASKS["digits"])
-    return {**by_sort(results), **{name: metrics[name] for name in ("gIoU", "well_formed", "thinking", "length")},
-            **kept, "retention": np.mean(list(kept.values()))}
+def train_stage(job: Job, number: int, start: Path) -> Path:
+    """Train one stage of a run, unless it is there, and return its directory."""
+    words = [job.base, job.seed] + [word for stage in job.stages[:number] for word in stage if word != ""]
+    directory = RUNS / "-".join(map(str, words)).replace(" ", "_").replace("/", "_")
+    with alone(directory.name):
+        if (directory / "notes.json").exists():
+            return directory
+        shutil.rmtree(directory, ignore_errors=True)     # of a run that was killed
+        method, steps, rate, option = job.stages[number - 1]
+        settings = {"method": method, "max_steps": steps, "learning_rate": rate, "model": start, "seed": job.seed,
+                    "save_steps": steps, "output_dir": directory}
+        flags = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
+        if option in CONTROLS:
+            flags.append(CONTROLS[option])
+        notes = []
+        try:
+            with VARIANTS.get(option, contextlib.nullcontext)(), take_notes(notes):
+                train.main(flags)
+        except SystemExit as error:                      # a pool would wait for this process for ever
+            raise RuntimeError(f"{directory}: train.py ended with exit code {error.code}") from None
+        shutil.rmtree(directory / f"checkpoint-{steps}" / train.STATE)       # nobody resumes from here
+        trace = {} if method == "sft" else trace_of(notes)
+        seconds = sum(note["cpu_seconds"] for note in notes)
+        evaluation.write_text(directory / "notes.json", json.dumps({"cpu_seconds": round(seconds, 1), "trace": trace}))
+    return directory
 
 
-def answer(checkpoint, split: str, count: int):
-    """A checkpoint's network and processor, and its results on the first samples of a split."""
-    task = data.TASKS["digits"]
-    network, processor = model.load_pretrained(checkpoint), data.Processor(checkpoint, task)
-    samples = data.load_samples(None, task, split, count)
-    results, _ = evaluate.evaluate(network, processor, samples, max_new_tokens=64, batch_size=100)
-    return network, processor, results
+@contextlib.contextmanager
+def take_notes(notes: list[dict]):
+    """Add a note for each training step: CPU seconds, and what the rollouts of its groups are like."""
+    groups = []
+    train_step, compute_advantages = train.train_step, train.compute_advantages
+
+    def noted_advantages(settings, group):
+        advantages = compute_advantages(settings, group)
+        groups.append((group, advantages))
+        return advantages
+
+    def noted_step(run):
+        start = time.process_time()
+        values, records = train_step(run)
+        note = {"cpu_seconds": time.process_time() - start, "clipped": [values["grad_norm"] > 1]}
+        for group, advantages in groups:
+            kind = "present" if group.example.label else "absent"
+            for text in group.texts[:run.settings.num_generations]:
+                note.setdefault(f"thinking {kind}", []).append(rewards.has_thinking(text))
+                note.setdefault(f"[] {kind}", []).append(rewards.read_answer(text) == [])
+            if run.settings.method == "visurf":
+                note.setdefault(f"active {kind}", []).append(advantages[-1].item() != 0)
+                note.setdefault(f"advantage {kind}", []).append(advantages[-1].item())
+        groups.clear()
+        notes.append(note)
+        return values, records
+
+    with mock.patch.multiple(train, train_step=noted_step, compute_advantages=noted_advantages):
+        yield
 
 
-def by_sort(results: list[dict]) -> dict:
-    """Share of boxes with IoU > 0.5, one to one (N-Acc where nothing is there), and the mean of all, "overall"."""
-    hits = {sort: [] for sort in QUESTIONS}
-    for result in results:
-        scores = evaluate.measure(result)
-        hits[result["id"].split(" ", 1)[1]].append(scores["one_to_one"] if result["label"] else scores["N-Acc"])
-    means = {sort: float(np.mean(values)) for sort, values in hits.items()}
-    return means | {"overall": float(np.mean(list(means.values())))}
+def trace_of(notes: list[dict]) -> dict[str, list]:
+    """What the notes say, as means over ten steps each: rollouts that think and that answer [], and labels with an
+    advantage, separately for questions whose label is [] ("absent") and others; updates whose gradient was clipped."""
+    trace = {}
+    for name in sorted({name for note in notes for name in note} - {"cpu_seconds"}):
+        trace[name] = []
+        for first in range(0, len(notes), 10):
+            values = [value for note in notes[first:first + 10] for value in note.get(name, [])]
+            trace[name].append(round(float(np.mean(values)), 3) if values else None)
+    return trace
 
 
-RETENTION = ("where", "name", "outline")  # lessons of the base that no training set holds
+# ---- Beyond the paper: ViSurf with one thing changed ------------------------------------------------------------
+
+def own_reasoning():
+    """The label is written behind the reasoning of the group's best rollout that has any."""
+    append_label = train.append_label
+
+    def append_with_reasoning(run, group):
+        def reward(text):
+            return sum(run.processor.score(text, group.example).values())
+
+        append_label(run, group)
+        thoughtful = [text for text in group.texts[:-1] if rewards.has_thinking(text)]
+        if thoughtful:
+            thought, end, _ = max(thoughtful, key=reward).partition("</think>")
+            group.texts[-1] = thought + end + group.texts[-1]
+            group.ids[-1] = run.processor.token_ids(group.texts[-1] + data.END)
+
+    return mock.patch.object(train, "append_label", append_with_reasoning)
 
 
-def retention(network, processor, sort: str, split: str, count: int | None = None) -> float:
-    """Share of a lesson's questions that are still answered as the base was taught: the very words, or for outlines
-    a box with IoU > 0.5. The pictures are new; the handwriting is what the base has learnt to read, as what it could
-    never do it cannot forget."""
-    rng, samples, truths = np.random.default_rng([99, SPLITS.index(split)]), [], []
-    for i in range(count or RETENTION_SAMPLES):
-        image, scene = draw(rng)
-        question, truth = make_tiny.lesson(scene, sort, rng)
-        samples.append(data.Sample(f"{sort}-{i}", question, image, [], (48, 48), (48, 48)))
-        truths.append(truth)
-    examples = [processor.encode(sample) for sample in samples]
-    completions = model.generate(network, examples, 1, 64, temperature=0)
-    texts = [processor.decode(completion.ids, completion.finished) for [completion] in completions]
-    if sort != "outline":
-        return float(np.mean([text == truth for text, truth in zip(texts, truths)]))
-    boxes = lambda text: [found.get("bbox_2d", [0] * 4) for found in rewards.read_answer(text, "digits") or []]
-    overlaps = [rewards.iou(boxes(text), boxes(truth)) for text, truth in zip(texts, truths)]
-    return float(np.mean([overlap.shape == (1, 1) and overlap[0, 0] > 0.5 for overlap in overlaps]))
+def luffy():
+    """A label's token counts with p / (p + 0.1) instead of a ratio (LUFFY, arXiv 2504.14945): its gradient is large
+    where the policy finds the token unlikely."""
+    policy_loss = visurf.policy_loss
+
+    def shaped_loss(logprobs, old_logprobs, advantages, mask, total):
+        ours = policy_loss(logprobs[:, :-1], old_logprobs[:, :-1], advantages[:, :-1], mask[:, :-1], total=total)
+        p = logprobs[:, -1].exp()                                                # (b, T)
+        objective = p / (p + 0.1) * advantages[:, -1:]
+        return ours - visurf.masked_mean(objective, mask[:, -1], total)
+
+    return mock.patch.object(visurf, "policy_loss", shaped_loss)
 
 
-def read_logs(job: Job) -> dict:
-    """Seconds of training, and what the logs of the last stage say of the label and the rollouts."""
-    read = lambda number, name: [json.loads(line) for line in
-                                 (job.directory / f"stage-{number}" / f"{name}.jsonl").read_text().splitlines()]
-    trained = [record for number in range(1, len(job.stages) + 1) for record in read(number, "metrics")]
-    metrics, groups = read(len(job.stages), "metrics"), read(len(job.stages), "completions")
-    # a step that was done again after an interruption counts once
-    records = [json.loads(line) for line in (job.directory / "cpu.jsonl").read_text().splitlines()]
-    cpu = {(record["stage"], record["step"]): record["cpu_seconds"] for record in records}
-    logged = {"seconds": sum(record["rollout_seconds"] + record["update_seconds"] for record in trained),
-              "cpu_seconds": sum(cpu.values())}
-    for name in ("label_active", "label_advantage", "reward/thinking"):
-        if name in metrics[0]:
-            values = [record[name] for record in metrics]
-            logged |= {name: float(np.mean(values)), f"{name} at the end": float(np.mean(values[-20:]))}
-    return logged | {"label": groups[-1]["texts"][-1]} if "label_active" in metrics[0] else logged
+def only_failures():
+    """The label joins only where no rollout earns any accuracy, as in S-GRPO; elsewhere its advantage is 0."""
+    compute_advantages = train.compute_advantages
+
+    def advantages(settings, group):
+        rollouts = group.rewards[:settings.num_generations]
+        if not any(parts["accuracy"] > 0 for parts in rollouts):
+            return compute_advantages(settings, group)
+        totals = torch.tensor([sum(parts.values()) for parts in rollouts], dtype=torch.float64)
+        return torch.cat([visurf.group_advantages(totals), torch.zeros(1, dtype=torch.float64)])
+
+    return mock.patch.object(train, "compute_advantages", advantages)
 
 
-def measure_curve(job: Job) -> list[dict]:
-    """Held-out accuracy by sort, and thinking, every EVAL_STEPS, counted through all stages."""
-    checkpoints, done, curve = {0: BASES[job.base]}, 0, []
-    for number, (_, steps, *_) in enumerate(job.stages, 1):
-        for step in (*range(EVAL_STEPS, steps, EVAL_STEPS), steps):  # an interrupted run has one more
-            checkpoints[done + step] = job.directory / f"stage-{number}" / f"checkpoint-{step}"
-        done += steps
-    for step, checkpoint in checkpoints.items():
-        *_, results = answer(checkpoint, "test", EVAL_SAMPLES)
-        curve.append({"step": step, **by_sort(results), "thinking": np.mean([found["thinking"] for found in results])})
-    return curve
+VARIANTS = {"own reasoning": own_reasoning, "p/(p+0.1)": luffy, "only where all fail": only_failures}
 
 
-# ---- What came of it -------------------------------------------------------------------------------------------------
+# ---- The bases ----------------------------------------------------------------------------------------------------
+
+def prepare_base(name: str) -> Path:
+    """The directory of a base network, which is made if it is not there."""
+    if name == "A":
+        return Path(data.TASKS["digits"].model)
+    directory = RUNS / f"base-{name}"
+    if name.endswith("+"):
+        start = prepare_base(name[0])
+    with alone(directory.name):
+        if (directory / "model.safetensors").exists():
+            return directory
+        with tempfile.TemporaryDirectory(dir=RUNS) as unfinished:
+            unfinished = Path(unfinished)
+            if name.endswith("+"):
+                teach_empty_answers(start, unfinished, seed=100 + report.BASES.index(name))
+            else:
+                settings = {**LESSON_STEPS, "learning_rate": 2e-3, "seed": 1, "output": unfinished / "made"}
+                make_tiny.make(SimpleNamespace(**settings), unfinished)
+                unfinished = unfinished / "made"
+            shutil.copytree(unfinished, directory)
+    return directory
 
 
-def collect(bases: dict):
-    """Write all results that there are, in the order of the parts, into one file."""
-    paths = [job.directory / "result.json" for part in PARTS for job in jobs_of(part)]
-    runs = [shorten(json.loads(path.read_text())) for path in paths if path.exists()]
-    lines = ",\n".join(map(json.dumps, runs))
-    (RUNS / "study.json").write_text(f'{{"bases": {json.dumps(shorten(bases))},\n"runs": [\n{lines}\n]}}\n')
+def digest(checkpoint: Path) -> str:
+    return hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest()
 
 
-def shorten(value):
-    """Numbers to six digits."""
-    if isinstance(value, dict):
-        return {name: shorten(part) for name, part in value.items()}
-    return [shorten(part) for part in value] if isinstance(value, list) else (
-        float(f"{value:.6g}") if isinstance(value, float) else value)
+def check_bases(records: dict):
+    """Stop if this machine makes another base from the same seed than the one that the records began with."""
+    for job in BASE_JOBS:
+        if job.key in records and digest(prepare_base(job.base)) != records[job.key]["sha256"]:
+            sys.exit(f"base {job.base} is not that of the records: this processor rounds differently. Give "
+                     f"{RUNS / 'base-B'} and the others from there, or begin anew with an empty {RUNS}/records.jsonl")
 
 
-def spread(values, scale: float = 100, digits: int = 1) -> str:
-    """Mean ± sample standard deviation over runs; in percent, if not told otherwise."""
-    values = scale * np.array(values)
-    mean = f"{values.mean():.{digits}f}"
-    return f"{mean} ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else mean
+def teach_empty_answers(start: Path, output: Path, seed: int):
+    """Go on teaching a base its lessons, some of which answer [] where nothing is to be found."""
+    plain_lesson = make_tiny.lesson
+
+    def lesson(scene, sort, rng):
+        question, answer = plain_lesson(scene, sort, rng)
+        thought, nowhere, _ = answer.partition("it is nowhere</think>")
+        if nowhere and rng.random() < EMPTY_SHARE:
+            answer = thought + nowhere + "<answer>[]</answer>"
+        return question, answer
+
+    network = model.load_pretrained(start).train()
+    with mock.patch.object(make_tiny, "lesson", lesson):
+        lessons = make_tiny.batches(data.Processor(start, data.TASKS["digits"]), 8, make_tiny.LESSONS, 8, seed)
+        make_tiny.teach_language(network, lessons, MORE_STEPS, MORE_RATE)
+    model.save_pretrained(network, output, model.read_files(start))
 
 
-def sign_flip_test(differences) -> float:
-    """Two-sided p of paired differences having mean 0: the share of all 2^n choices of their signs whose mean is as far
-    from 0 as theirs or farther (Fisher's randomisation test).
+# ---- The command line -------------------------------------------------------------------------------------------
 
-    >>> sign_flip_test([1.0, 2.0, 3.0])
-    0.25
-    """
-    differences = np.asarray(differences, float)
-    signs = np.array(list(itertools.product((1, -1), repeat=len(differences))))
-    means = abs(signs @ differences)
-    return float(np.mean(means >= abs(differences.sum()) - 1e-12))
-
-
-def ruling(differences) -> str:
-    """What paired differences, ViSurf minus a rival, say of the paper's claim."""
-    if sign_flip_test(differences) >= 0.05:
-        return "open"
-    return "holds" if np.mean(differences) > 0 else "fails"
+def read_records(path: Path) -> dict[str, dict]:
+    """Records by the key of their job; a line that was cut off by a kill is no record."""
+    records = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            record = json.loads(line)
+            records[json.dumps(record["job"])] = record
+    return records
 
 
-COLUMNS = {**{sort: sort for sort in QUESTIONS}, "overall": "mean of the four", "thinking": "thinking",
-           "well_formed": "well-formed", "retention": "retention"}
+def run_everything(records: dict):
+    """Bases and search first, then all that follows from the rates found."""
+    def turn(job):
+        # B takes long to make, so it is first, and what needs it comes after what does not.
+        return job != BASE_JOBS[report.BASES.index("B")], job.base[0]
+
+    check_bases(records)
+    while missing := [job for job in BASE_JOBS + search(records)[2] if job.key not in records]:
+        run_jobs(sorted(missing, key=turn), records)
+    run_jobs(sum(jobs_after_search(records).values(), []), records)
 
 
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def run_again(records: dict):
+    """Seed 0 of each method, from nothing; says whether the numbers are the recorded ones, bit for bit."""
+    for job in jobs_after_search(records)["main"][::len(report.BASES)][:len(RATES)]:
+        same = run_job(job)["numbers"] == records[job.key]["numbers"]
+        print(f"{job.arm}, base {job.base}, seed {job.seed}: {'the same' if same else 'DIFFERENT'}", flush=True)
 
 
-def method_table(results: list[dict], bases: dict) -> str:
-    """A row for each arm, mean ± sd over its runs, in percent, and one for each base; seconds of training."""
-    rows = [[f"base {name}", *(spread([numbers[column]]) for column in COLUMNS), "–", "–"]
-            for name, numbers in bases.items()]
-    for arm, runs in grouped(results).items():
-        rows.append([arm, *(spread([run[name] for run in runs]) for name in COLUMNS),
-                     *(spread([run[name] for run in runs], 1, 0) for name in ("seconds", "cpu_seconds"))])
-    return markdown(["", *COLUMNS.values(), "seconds", "CPU seconds"], rows)
-
-
-def grouped(results: list[dict]) -> dict[str, list[dict]]:
-    """Results by arm, each in the order of bases and seeds."""
-    arms = {}
-    for result in results:
-        arms.setdefault(result["arm"], []).append(result)
-    return {arm: sorted(runs, key=lambda run: (run["base"], run["seed"])) for arm, runs in arms.items()}
-
-
-def comparisons(results: list[dict], against: list[dict]) -> str:
-    """ViSurf minus every other arm, run by run (same base, same seed), in points, with the p of the sign-flip test."""
-    pair = lambda run: (run["base"], run["seed"])
-    ours, rows = {pair(run): run for run in against}, []
-    for arm, runs in grouped(results).items():
-        cells = []
-        for name in ("overall", *QUESTIONS, "thinking", "retention"):
-            differences = [ours[pair(run)][name] - run[name] for run in runs if pair(run) in ours]
-            cells.append(f"{100 * np.mean(differences):+.1f} (p = {sign_flip_test(differences):.3f})")
-            if name in ("overall", "retention"):
-                cells[-1] += f" **{ruling(differences)}**"
-        rows.append([f"visurf − {arm}", *cells])
-    return markdown(["", "mean of the four", *QUESTIONS, "thinking", "retention"], rows)
-
-
-def log_table(results: list[dict]) -> str:
-    """What the logs say of the label and the rollouts: means over all steps, and over the last 20."""
-    rows = []
-    for arm, runs in grouped(results).items():
-        column = lambda name, *form: spread([run[name] for run in runs], *form)
-        rows.append([arm, column("label_active"), column("label_active at the end"), column("label_advantage", 1, 2),
-                     column("reward/thinking"), column("reward/thinking at the end"), f"`{runs[0]['label']}`"])
-    return markdown(["", "label active", "at the end", "label advantage", "rollouts that think", "at the end",
-                     "the last label"], rows)
-
-
-def draw_curves(results: list[dict], path: Path):
-    """Learning curves, mean and standard deviation over runs, a panel for each sort of question."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no picture: pip install matplotlib")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    names = ("overall", *QUESTIONS, "thinking")
-    figure, panels = pyplot.subplots(2, 3, figsize=(12, 6.5), sharex=True, sharey=True, layout="constrained")
-    for panel, name in zip(panels.flat, names):
-        for arm, runs in grouped(results).items():
-            steps = [point["step"] for point in runs[0]["curve"]]
-            values = 100 * np.array([[point[name] for point in run["curve"]] for run in runs])  # (runs, steps)
-            mean, deviation = values.mean(axis=0), values.std(axis=0, ddof=min(1, len(runs) - 1))
-            [line] = panel.plot(steps, mean, label=arm, linewidth=2)
-            panel.fill_between(steps, mean - deviation, mean + deviation, color=line.get_color(), alpha=0.15)
-        panel.set_title({"overall": "mean of the four", "thinking": "answers with reasoning"}.get(name, name))
-        panel.set_ylim(-3, 103)
-        panel.grid(alpha=0.3)
-    panels[0, 0].legend()
-    figure.supxlabel("optimizer steps")
-    figure.supylabel("held-out questions, %")
-    figure.savefig(path, dpi=100)
-    print(f"\n{path}")
-
-
-def choose_rates(results: list[dict]) -> str:
-    """The search: the mean of the four sorts on the validation split at each learning rate."""
-    rows = []
-    for arm in CHOSEN:
-        found = [[run["overall"] for run in results if run["arm"] == f"{arm}-{rate:g}"] for rate in RATES]
-        rows.append([arm, *(spread(values) if values else "–" for values in found)])
-    return markdown(["validation split", *(f"{rate:g}" for rate in RATES)], rows)
-
-
-def report(results: list[dict], bases: dict) -> dict[str, str]:
-    """All tables, as Markdown, by title."""
-    part = {name: [result for result in results if result["part"] == name] for name in PARTS}
-    visurf = [run for run in part["steps"] if run["arm"] == "visurf"]
-    rivals, tables = [run for run in part["steps"] if run not in visurf], {}
-    if part["search"]:
-        tables["Search"] = choose_rates(part["search"])
-    if visurf and rivals:
-        tables["Equal steps"] = method_table(part["steps"], bases)
-        tables["Equal steps, paired"] = comparisons(rivals, visurf)
-    if part["compute"]:
-        same = [run for run in visurf if run["seed"] in COMPUTE_SEEDS]
-        tables["Equal compute"] = method_table(part["compute"] + same, {})
-        tables["Equal compute, paired"] = comparisons(part["compute"], same)
-    if part["controls"]:
-        runs = [run for run in visurf if run["base"] == "A"] + part["controls"]
-        tables["Controls"], tables["Controls, logs"] = method_table(runs, {}), log_table(runs)
+def show(records: dict, figure: Path) -> dict[str, str]:
+    """Print all tables, draw the figure, and return the tables by name."""
+    grids, best, _ = search(records)
+    planned = jobs_after_search(records)
+    # Runs at rates that the search has dropped are no part of the result.
+    runs = {(job.arm, job.base, job.seed): records[job.key]
+            for jobs in planned.values() for job in jobs if job.key in records}
+    searched = [record for record in records.values() if record["job"]["part"] == "search"
+                and record["job"]["stages"][0][2] in (record["job"]["stages"][-1][2], best.get("sft"))]
+    bases = {job.base: records[job.key] for job in BASE_JOBS if job.key in records}
+    each = len(SEARCH_BASES) * len(SEARCH_SEEDS)
+    progress = {"search": (len(searched), each * sum(map(len, grids.values())))}
+    for part, jobs in planned.items():
+        progress[part] = (sum(job.key in records for job in jobs), len(jobs))
+    tables = report.tables(progress, grids, best, searched, bases, runs)
+    for name, table in tables.items():
+        print(f"\n{name}\n\n{table}")
+    if runs:
+        report.draw(runs, figure)
     return tables
-
-
-PARTS = ("search", "steps", "controls", "compute")
-
-
-def prepare_bases() -> dict:
-    """Make base checkpoints that are not there, and measure all of them once."""
-    for name, seed in BASE_SEED.items():
-        if not (BASES[name] / "model.safetensors").exists():
-            command = [sys.executable, str(ROOT / "extras/make_tiny.py"), "--seed", str(seed)]
-            one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as the published one: more would add in another order
-            subprocess.run([*command, "--output", str(BASES[name])], check=True, env=one_thread)
-    path = RUNS / "bases.json"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({name: measure(base, "test") for name, base in BASES.items()}))
-    return json.loads(path.read_text())
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to run (default: all)")
-    parser.add_argument("--report", action="store_true", help="run nothing, show what is there")
+    parser.add_argument("--report", action="store_true", help="run nothing: from the committed records, write the "
+                        "tables into the documents and draw the figure")
+    parser.add_argument("--again", action="store_true", help="run seed 0 of each method again and compare")
+    parser.add_argument("--smoke", action="store_true", help="tiny numbers: a few minutes")
     config = parser.parse_args(argv)
-    if not config.report:
-        torch.set_num_threads(1)  # here already: a process with several threads must not be forked
-        bases, start = prepare_bases(), time.time()
-        for part in config.parts:
-            run_jobs(jobs_of(part))
-            print(f"{part}: {time.time() - start:.0f} s since the start")
-        collect(bases)
-    source = RUNS / "study.json" if (RUNS / "study.json").exists() else PUBLISHED
-    results = json.loads(source.read_text())
-    print(f"from {source}")
-    for title, table in report(results["runs"], results["bases"]).items():
-        print(f"\n{title}\n\n{table}")
+    if config.report:
+        tables = show(read_records(COMMITTED), COMMITTED.with_suffix(".png"))
+        for document in (ROOT / "docs/results.md", ROOT / "README.md"):
+            report.write_tables(document, tables)
+        return
+    if config.smoke:
+        globals().update(SMOKE)
+    torch.set_num_threads(1)                             # a process with several threads must not be forked
+    if config.again:
+        globals()["RUNS"] = Path(tempfile.mkdtemp())
+        return run_again(read_records(COMMITTED))
     RUNS.mkdir(parents=True, exist_ok=True)
-    draw_curves([run for run in results["runs"] if run["part"] == "steps"], RUNS / "study.png")
+    path = RUNS / "records.jsonl"
+    if COMMITTED.exists() and not path.exists() and not config.smoke:
+        shutil.copy(COMMITTED, path)
+    records = read_records(path)
+    run_everything(records)
+    show(records, RUNS / "study.png")
 
 
 if __name__ == "__main__":
