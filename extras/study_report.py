@@ -170,6 +170,8 @@ def search_table(grids: dict, best: dict, searched: list[dict]) -> str:
             found = [record for record in searched if record["job"]["arm"] == method
                      and record["job"]["stages"][-1][2] == rate]
             cell = percent(found, ["mean of four"])[0] if found else "–"
+            if found and method not in best:
+                cell += f" ({len(found)})"               # so many runs as yet
             cells.append(f"**{cell}**" if rate == best.get(method) else cell)
         rows.append([method, *cells])
     return table(["validation split", *(f"{rate:g}" for rate in columns)], rows)
