@@ -237,8 +237,8 @@ def check_object(found, frame):
     valid = (cut[0] < cut[1]) & (corners[0] <= point) & (point <= corners[1])
     valid &= abs(corners - cut).max(axis=0) <= 0.02 * np.array(frame)
     is_share = corners.max() <= 1 < max(frame)
-    require(valid.all() and not is_share, f"no box with its point in {frame[0]} x {frame[1]}; is "
-            f'it for another frame (add "frame"), x, y, width, height, or unturned (EXIF)? {found}')
+    require(valid.all() and not is_share, f"no box with its point in {frame[0]} x {frame[1]}; of "
+            f'another size or 0 to 1000 (add "frame"), x, y, width, height, before EXIF? {found}')
     found["bbox_2d"] = cut.ravel().tolist()
     found["point_2d"] = point.clip(0, frame).tolist()
 
