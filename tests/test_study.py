@@ -1,6 +1,7 @@
 """The study: it runs what its rules say, resumes, and its tables follow from its records."""
 
 import itertools
+import contextlib
 import json
 from collections import Counter
 
@@ -22,7 +23,27 @@ def small(tmp_path, monkeypatch):
     """A study of a few steps in tmp_path."""
     for name, value in {**SMALL, "RUNS": tmp_path}.items():
         monkeypatch.setattr(study, name, value)
+    monkeypatch.setattr(study.multiprocessing, "get_context", lambda method: InProcess())
     return tmp_path
+
+
+class InProcess(contextlib.nullcontext):
+    """Stands in for a pool of forked workers: a process in which torch's threads have worked cannot be forked."""
+
+    def Pool(self, *_, **__):
+        return self
+
+    def __enter__(self):
+        return self
+
+    def imap_unordered(self, function, jobs, chunksize):
+        return map(function, jobs)
+
+    def close(self):
+        pass
+
+    def join(self):
+        pass
 
 
 def fake_record(job, score: float, **numbers) -> dict:
