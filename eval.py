@@ -18,11 +18,6 @@ from datetime import timedelta
 from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
 
-PROGRAM = Path(sys.argv[0]).name
-if PROGRAM in ("train.py", "eval.py") and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-    # Importing and loading take a while, in which Ctrl-C has nothing to save.
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(f"{PROGRAM}: stopped while loading"))
-
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -78,7 +73,8 @@ def run(settings):
     task = data.TASKS[settings.task]
     samples = data.load_samples(settings.data, task, settings.split, settings.limit,
                                 settings.skip_bad_rows)
-    checkpoint = data.fetch(settings.model)
+    source = data.fetch(settings.model)
+    checkpoint = data.fetch(model.find_base(source))
     model.check_checkpoint(checkpoint)
     processor = data.Processor(checkpoint, task, settings.image_size)
     name = "-".join(Path(settings.model).absolute().parts[-2:])
@@ -86,6 +82,8 @@ def run(settings):
     on_first_rank(claim, directory)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     network = model.load_pretrained(checkpoint, dtype, device)
+    if source != checkpoint:
+        model.add_adapters(network, source)
     note_signals()
     results, bad_rows = evaluate(network, processor, samples, settings.max_completion_length,
                                  settings.eval_batch_size, settings.cuda_graph)
@@ -116,8 +114,6 @@ def evaluate(network, processor, samples, max_new_tokens=512, batch_size=32, cud
                                      cuda_graph=cuda_graph)
         for example, [completion] in zip(examples, completions):
             results.append(make_result(processor, example, completion))
-    if not all(np.isfinite(result["logprob"]) for result in results):
-        raise model.CheckpointError("log-probs are not finite: the weights of --model are damaged")
     return gather(results), gather(bad_rows)
 
 def make_result(processor, example, completion):
@@ -231,9 +227,13 @@ def parse(settings_class, argv, program):
     for setting in fields(settings_class):
         parser.add_argument(f"--{setting.name}", default=setting.default, **setting.metadata)
     # --help ends the program, and so it comes after the task's defaults.
-    task = data.TASKS[parser.parse_known_args(argv)[0].task]
+    known, _ = parser.parse_known_args(argv)
+    task = data.TASKS[known.task]
     source = task.data if program == "train.py" else task.eval_data
-    parser.set_defaults(model=task.model, data=source, image_size=task.image_size, **task.recipe)
+    parser.set_defaults(model=task.model, data=source, eval_data=task.eval_data,
+                        image_size=task.image_size, **task.recipe)
+    if getattr(known, "lora_rank", 0):
+        parser.set_defaults(learning_rate=10 * parser.get_default("learning_rate"))
     parser.add_argument("-h", "--help", action="help")
     values = vars(parser.parse_args(argv))
     return settings_class(*[values[setting.name] for setting in fields(settings_class)])
@@ -285,6 +285,8 @@ def run_program(program, function, *args):
             raise
         complain(program, f"rank {world()[0]} waited for another rank in vain: {error}")
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(f"{program}: stopped while loading")
     finally:
         held_locks.close()
         # Python 3.11 crashes at exit if a thread of gloo is waiting for its lock.

@@ -29,9 +29,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
-from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 
+PROJECTIONS = r".*language_model.*_proj"  # the modules that get LoRA adapters
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 # Nothing is downloaded, and no code of a checkpoint runs.
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
@@ -59,11 +59,9 @@ class GroupPolicy(nn.Module):
     def forward(self, batch, completions, mask, temperature=1.0):
         """Float32 log-probs (B, N, T) of completions (B, N, T) under softmax(logits / temperature).
 
-        mask (B, N, T) is True on tokens and False on the padding behind them, which gets 0;
-        ValueError if there are tokens after padding. Forbidden tokens have probability 0.
+        mask (B, N, T) is True on tokens and False on the padding behind them, which gets 0: to
+        leave tokens out, use the loss's mask. Forbidden tokens have probability 0.
         """
-        if (mask[:, :, 1:] & ~mask[:, :, :-1]).any():
-            raise ValueError("mask has tokens after padding: leave them out of the loss instead")
         _, N, T = completions.shape
         B, P = batch.ids.shape
         # A token is predicted from the one before: token t is an input if there is a token t + 1.
@@ -89,14 +87,12 @@ class GroupPolicy(nn.Module):
         ids = batch.ids.flatten()
         if completion_ids is not None:
             ids = torch.cat([ids, completion_ids])
-        images = {}
-        if len(batch.grid_thw) > 0:
-            # Where images end, on the CPU: a GPU tensor would make every vision block wait.
-            ends = batch.grid_thw.cpu().prod(dim=1).cumsum(dim=0, dtype=torch.int32)
-            images = {"pixel_values": batch.pixels, "image_grid_thw": batch.grid_thw,
-                      "image_cu_seqlens": F.pad(ends, (1, 0))}
+        # Where images end, on the CPU: a GPU tensor would make every vision block wait.
+        ends = batch.grid_thw.cpu().prod(dim=1).cumsum(dim=0, dtype=torch.int32)
         output = self.vlm.model(input_ids=ids[None], position_ids=positions[:, None],
-                                use_cache=False, attend=attend, **images)
+                                pixel_values=batch.pixels, image_grid_thw=batch.grid_thw,
+                                image_cu_seqlens=F.pad(ends, (1, 0)), use_cache=False,
+                                attend=attend)
         return output.last_hidden_state[0]
 
     def positions(self, batch):
@@ -248,8 +244,10 @@ class TokenLogProbs(torch.autograd.Function):
     def backward(ctx, gradient):
         hidden, weight, targets, forbidden, totals = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
-        # In float32: a sum that is rounded to bfloat16 at each chunk is off by up to 1 %.
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            # In float32: a sum that is rounded to bfloat16 at each chunk is off by up to 1 %.
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         for start in range(0, len(hidden), CHUNK):
             part = slice(start, start + CHUNK)
             g = gradient[part, None] / ctx.temperature
@@ -258,11 +256,15 @@ class TokenLogProbs(torch.autograd.Function):
             softmax = logits.sub_(totals[part]).exp_()
             d_logits = softmax.mul_(-g).scatter_add_(1, targets[part, None], g).to(weight.dtype)
             grad_hidden[part] = d_logits @ weight
+            if grad_weight is None:
+                continue
             if weight.dtype == torch.float32:
                 grad_weight.addmm_(d_logits.T, hidden[part])
             else:
                 grad_weight += product(d_logits.T, hidden[part])
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, None, None, None
 
 def scaled_logits(hidden, weight, temperature, forbidden):
     """Logits (M, V) of the policy in float32; a forbidden token has probability 0."""
@@ -326,6 +328,8 @@ def generate(network, prompts, num_generations=1, max_new_tokens=256, temperatur
         hidden = decoder.step(ids[t])
     ids = torch.stack(ids, dim=1).cpu()  # (R, length)
     logprobs = torch.stack(logprobs, dim=1).cpu()
+    if not logprobs.isfinite().all():
+        raise CheckpointError("log-probs are not finite: damaged weights, or too high a rate")
     ended = torch.isin(ids, stop.cpu())
     groups = [[] for _ in prompts]
     for r, finished in enumerate(ended.any(dim=1).tolist()):
@@ -349,7 +353,7 @@ class Decoder:
     """Runs each prompt once, then one token of each row a step, with a KV cache.
 
     A prompt's keys and values are kept once, for all its rows. On CUDA a step is captured as a
-    graph, of fixed shapes: attention then reads 64, 128, 256, ... slots, and empty ones are masked.
+    graph, whose shapes are fixed: attention then reads all slots, and empty ones are masked.
     """
 
     def __init__(self, network, prompts, N, max_tokens, cuda_graph):
@@ -365,7 +369,7 @@ class Decoder:
         self.prompts = {}  # by layer: keys (K*B, E, P) and values (K*B, P, E)
         self.rows = {}  # by layer: keys and values (K*R, max_tokens, E)
         self.t = -1  # the slot that the current token fills
-        self.window = 0  # how many slots attention reads
+        self.window = max_tokens  # how many slots attention reads
         # A graph reads these tensors: they are changed in place.
         self.slot = torch.zeros(1, dtype=torch.long, device=device)  # t
         self.tokens = torch.zeros(self.B * N, dtype=torch.long, device=device)
@@ -396,32 +400,23 @@ class Decoder:
         self.slot.fill_(self.t)
         self.mask[..., self.P + self.t] = 0
         self.tokens.copy_(tokens)
+        if self.captures and self.graph is None:
+            self.capture()
         if self.captures:
-            hidden = self.replay()
+            self.graph.replay()
         else:
             self.window = self.t + 1
-            hidden = self.decode()
+            self.hidden = self.decode()
         self.position += 1
-        return hidden
+        return self.hidden
 
-    def replay(self):
-        """`decode` as a graph, which is captured anew when its window is full."""
-        window = min(max(64, 1 << self.t.bit_length()), self.max_tokens)
-        if window == self.window:
-            self.graph.replay()
-            return self.hidden
-        self.window = window
-        # Drop an old graph before another is captured: they share cuBLAS's workspace.
-        self.graph = None
-        hidden = self.decode()
+    def capture(self):
+        """Record `decode` as a graph, in which it writes to self.hidden."""
+        # Once before: at first use, libraries allocate what cannot be recorded.
+        self.decode()
         self.graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                self.hidden = self.decode()  # recorded, not computed
-        except RuntimeError as error:
-            error.add_note("While capturing a CUDA graph; --no-cuda_graph does without.")
-            raise
-        return hidden
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.hidden = self.decode()  # recorded, not computed
 
     def decode(self):
         """One pass of the language model over the current token of every row."""
@@ -474,8 +469,6 @@ def load_pretrained(path, dtype=torch.float32, device="cpu"):
 def check_checkpoint(path):
     """CheckpointError, saying what the directory is, unless it is a Qwen-VL checkpoint."""
     path = Path(path)
-    if (path / "adapter_config.json").exists():
-        raise CheckpointError(f"{path}: LoRA adapters alone: merge them into their base first")
     if list(path.glob("model_world_size_*")):
         raise CheckpointError(f"{path}: verl's shards: merge them with verl.model_merger")
     config = read_json(path / "config.json")
@@ -485,11 +478,40 @@ def check_checkpoint(path):
     if "quantization_config" in config:
         raise CheckpointError(f"{path}: quantised (AWQ, GPTQ): give the weights it was made from")
 
+def find_base(path):
+    """The name of the checkpoint that a folder of LoRA adapters is for; else the path itself."""
+    path = Path(path)
+    if not (path / "adapter_config.json").exists():
+        return path
+    if not (path / "adapter_model.safetensors").exists():
+        raise CheckpointError(f"{path}: no adapter_model.safetensors beside adapter_config.json")
+    return read_json(path / "adapter_config.json").get("base_model_name_or_path")
+
+def add_adapters(network, folder, rank=None, base=None):
+    """Add LoRA adapters in float32, and freeze all else; CheckpointError if they do not fit.
+
+    They are read from `folder` or, if it has none, new: of this rank, for the checkpoint `base`.
+    """
+    vlm = network.vlm
+    try:
+        import peft
+        if find_base(folder) == Path(folder):
+            vlm.name_or_path = str(base)
+            vlm.add_adapter(peft.LoraConfig(r=rank, lora_alpha=2 * rank,
+                                            target_modules=PROJECTIONS))
+        else:
+            report = vlm.load_adapter(str(folder), is_trainable=True)
+            if report.missing_keys or report.unexpected_keys:
+                raise ValueError("its two files do not fit together")
+    except Exception as error:  # foreign files make their readers raise nearly anything
+        raise CheckpointError(f"{folder}: unusable LoRA adapters ({error!s:.300})") from None
+    for weight in vlm.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+
 def find_special_tokens(network, path):
     """Read which tokens end a completion, and which can never be in one."""
-    stop = []
-    if (path / "generation_config.json").exists():
-        stop = read_json(path / "generation_config.json").get("eos_token_id") or []
+    stop = network.vlm.generation_config.eos_token_id or []
     network.stop_tokens = stop if isinstance(stop, list) else [stop]
     for name in ("image", "video", "vision_start", "vision_end", "vision"):
         token = getattr(network.config, f"{name}_token_id", None)
@@ -526,26 +548,23 @@ def read_files(path):
     return files
 
 def save_pretrained(network, directory, source, dtype=torch.bfloat16):
-    """Write a Hugging Face checkpoint; its other files are those of `source`, a path or a dict."""
+    """Write a Hugging Face checkpoint; its other files are those of `source`, a path or a dict.
+
+    Of a network with LoRA adapters, these alone are written, in float32, as peft lays them out.
+    """
     directory = Path(directory)
     files = source if isinstance(source, dict) else read_files(source)
-    state = {name: weight.detach().to("cpu", dtype, copy=True)
-             for name, weight in network.vlm.named_parameters()}
-    try:
-        network.vlm.save_pretrained(directory, state_dict=state)
-    except SafetensorError as error:
-        raise OSError(f"{directory}: {error}") from None
+    has_adapters = hasattr(network.vlm, "peft_config")
+    if has_adapters:
+        files = {}
+        dtype = torch.float32
+    state = {}
+    for name, weight in network.vlm.named_parameters():
+        if not has_adapters or "lora_" in name:
+            state[name] = weight.detach().to("cpu", dtype, copy=True)
+            if not state[name].isfinite().all():
+                raise CheckpointError(f"weights are not finite: {name}; lower the learning rate")
+    network.vlm.save_pretrained(directory, state_dict=state)
     for name, content in files.items():
+        # config.json, too: transformers 4 cannot read the one that transformers 5 has written.
         (directory / name).write_bytes(content)
-    # The source's own config.json but for the dtype, so transformers 4 can read it, too.
-    config = json.loads(files["config.json"])
-    for part in (config, config.get("text_config", {}), config.get("vision_config", {})):
-        for key in {"dtype", "torch_dtype"} & set(part):
-            part[key] = str(dtype).removeprefix("torch.")
-    (directory / "config.json").write_text(json.dumps(config, indent=2))
-
-def check_finite(network, prompt, where):
-    """CheckpointError unless the first token after a prompt has a finite log-prob."""
-    [[probe]] = generate(network, [prompt], 1, 1)
-    if not probe.logprobs.isfinite():
-        raise CheckpointError(f"{where}: weights are not finite")

@@ -150,39 +150,28 @@ def iou(boxes_a, boxes_b):
 
 def match(gains):
     """One-to-one (row, column) pairs of integer gains (n, m) above 0, whose sum is the largest.
-    The Hungarian method (Kuhn 1955, Munkres 1957).
+    By auction (Bertsekas 1979): columns bid for rows until each column has one.
     >>> match([[3, 2], [3, 0]])      # 2 + 3 beats 3 + 0
     [(0, 1), (1, 0)]
     """
     gains = np.asarray(gains, int)
     n, m = gains.shape
-    if n > m:
-        return sorted(pair[::-1] for pair in match(gains.T))
-    # How far a row's price plus a column's exceed their gain: not at all, for pairs that match.
-    excess = gains.max(initial=0) - gains
-    row_of = np.full(m, -1)
-    untried = np.full(m, True)
-    def place(row):
-        """Give a row a column without excess; the row that has it must find another one."""
-        columns = np.flatnonzero(excess[row] == 0)
-        for column in columns[np.argsort(row_of[columns])]:      # free ones, of row -1, first
-            if untried[column]:
-                untried[column] = False
-                if row_of[column] < 0 or place(row_of[column]):
-                    row_of[column] = row
-                    return True
-        return False
-    for new_row in range(n):
-        untried[:] = True
-        while not place(new_row):
-            # Rows that looked get cheaper until one finds a column; columns they hold, dearer.
-            rows = [new_row, *row_of[~untried]]
-            step = excess[rows][:, untried].min()
-            excess[rows] -= step
-            excess[:, ~untried] += step
-            untried[:] = True
-    pairs = zip(row_of.tolist(), range(m))
-    return sorted(pair for pair in pairs if pair[0] >= 0 and gains[pair])
+    # With m + 1 rows more that are worth nothing, there always is a second best.
+    worth = np.pad(gains, ((0, m + 1), (0, 0)))
+    prices = np.zeros(n + m + 1)
+    owners = np.full(n + m + 1, -1)
+    bidders = list(range(m))
+    while bidders:
+        column = bidders.pop()
+        net = worth[:, column] - prices
+        second, best = np.argsort(net)[-2:]
+        # A bid tops the second best by a little: all m together lose less than 1, so nothing.
+        prices[best] += net[best] - net[second] + 1 / (m + 1)
+        if owners[best] >= 0:
+            bidders.append(owners[best])
+        owners[best] = column
+    pairs = enumerate(owners[:n].tolist())
+    return [pair for pair in pairs if pair[1] >= 0 and gains[pair]]
 
 def same_answer(predicted, label, choices=()):
     """Whether answers are one choice or text, or equal for math-verify; ImportError without it."""

@@ -13,7 +13,6 @@ checkpoint-STEP/, with a training_state/ for --resume. eval.py measures any of t
 """
 
 import copy
-import hashlib
 import json
 import os
 import shutil
@@ -22,16 +21,16 @@ import warnings
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
-# First: eval.py catches Ctrl-C before it imports slow modules.
-from eval import (Common, claim, flag, gather, is_first, leave_if_asked, my_share, note_signals,
-                  on_first_rank, parse, run_program, start, world, write_text)
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch.distributed import fsdp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import data
@@ -39,6 +38,9 @@ import model
 import rewards
 import visurf
 from data import UserError, require
+from eval import (Common, claim, evaluate, flag, gather, is_first, leave_if_asked, metrics,
+                  my_share, note_signals, on_first_rank, parse, run_program, start, world,
+                  write_text)
 
 @dataclass
 class Settings(Common):
@@ -51,7 +53,9 @@ class Settings(Common):
     micro_batch_size: int = flag(1, "prompts, with their groups, in one forward pass", 1)
     num_generations: int = flag(8, "rollouts of each prompt (G)", 2, 1024)
     temperature: float = flag(1.0, "of sampling and of log-probs", 0.01)
-    learning_rate: float = flag(1e-6, "of AdamW, constant")
+    learning_rate: float = flag(1e-6, "of AdamW, constant; for LoRA 10 times as high")
+    lora_rank: int = flag(0, "train only LoRA adapters of this rank; 0: all weights", 0, 1024)
+    freeze_vision_tower: bool = flag(False, "do not train the vision tower; LoRA never does")
     align_label: bool = flag(True, "control 1: write the label in the rollouts' style")
     drop_thinking_reward: bool = flag(True, "control 2: no thinking reward for the label")
     smooth_label_reward: bool = flag(True, "control 3: no advantage for a label that is matched")
@@ -59,6 +63,10 @@ class Settings(Common):
     cpu_offload: bool = flag(False, "keep weights and optimizer off the GPU: much slower")
     save_steps: int = flag(100, "steps between checkpoints", 1)
     keep: int = flag(1, "checkpoints to keep", 1)
+    eval_steps: int = flag(0, "steps between evaluations; 0: none", 0)
+    eval_data: str = flag("", "as for --data of eval.py")
+    eval_limit: int = flag(200, "only the first samples of eval_data; 0: all", 0)
+    tensorboard: bool = flag(False, "log for TensorBoard, too")
 
 @dataclass
 class Run:
@@ -77,13 +85,9 @@ class Run:
     step: int = 0                      # steps done
     not_finite: int = 0                # updates skipped in a row: loss or gradient not finite
     useless: int = 0                   # consecutive rows that were unusable
-
-    def __post_init__(self):
-        """Make AdamW's state now: a checkpoint always has it, and is loaded in place."""
-        for weight in self.network.parameters():
-            step = torch.zeros((), device=weight.device)
-            self.optimizer.state[weight] = {"step": step, "exp_avg": torch.zeros_like(weight),
-                                            "exp_avg_sq": torch.zeros_like(weight)}
+    eval_samples: list = field(default_factory=list)
+    evaluated: int = -1                # the last step that was evaluated
+    writer: object = None              # for TensorBoard, on the first rank
 
 STATE = "training_state"               # of a checkpoint: a folder of tensors, and a JSON file
 # torch.distributed.checkpoint warns so at every save of a single process.
@@ -98,7 +102,13 @@ def train(settings):
     """Check what the user gave, load the network and train it."""
     device = start(settings.timeout)
     task = data.TASKS[settings.task]
+    for flag_given, package in ((settings.lora_rank, "peft"), (settings.tensorboard, "tensorboard")):
+        require(not flag_given or find_spec(package), f"pip install {package}")
     samples = data.load_samples(settings.data, task, skip_bad_rows=settings.skip_bad_rows)
+    eval_samples = []
+    if settings.eval_steps:
+        eval_samples = data.load_samples(settings.eval_data, task, "test", settings.eval_limit,
+                                         settings.skip_bad_rows)
     directory = Path(settings.output_dir or f"runs/{settings.task}-{settings.method}")
     on_first_rank(claim, directory, settings.resume)
     config = asdict(settings) | {"data_sha256": data.fingerprint(samples)}
@@ -106,17 +116,18 @@ def train(settings):
     # When a run is resumed, the checkpoint that it began with may be gone.
     saved = on_first_rank(own_checkpoints, directory)
     source = saved[-1] if saved else data.fetch(settings.model)
-    model.check_checkpoint(source)
+    base = data.fetch(model.find_base(source))
+    require(source == base or settings.lora_rank, f"{source} are adapters: give --lora_rank")
+    model.check_checkpoint(base)
     # In RLVR, a label too long for any rollout to write would teach nothing.
     longest_label = settings.max_completion_length if settings.method == "rlvr" else np.inf
-    processor = data.Processor(source, task, settings.image_size, longest_label)
+    processor = data.Processor(base, task, settings.image_size, longest_label)
     filler = Group(processor.blank, ids=[processor.token_ids("[]")], advantages=torch.zeros(1))
     network, sampler = load_network(settings, source, device)
-    optimizer = torch.optim.AdamW(network.parameters(), settings.learning_rate, fused=True)
-    run = Run(settings, directory, model.read_files(source), processor, samples, filler,
-              device, network, sampler, optimizer)
-    with gathered(run) as whole:
-        model.check_finite(whole, filler.example, source)
+    trained = [weight for weight in network.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, settings.learning_rate, fused=True)
+    run = Run(settings, directory, model.read_files(base), processor, samples, filler,
+              device, network, sampler, optimizer, eval_samples=eval_samples)
     on_first_rank(write_text, directory / "config.json", json.dumps(config, indent=2))
     resume(run)
     on_first_rank(print, f"{settings.method} on {len(samples)} samples, {world()[1]} x {device}")
@@ -131,11 +142,13 @@ def loop(run):
     try:
         if settings.method == "sft" and run.step == 0:
             vote_before_sft(run)
+        evaluate_if_due(run)
         while run.step < settings.max_steps:
             values, records = train_step(run)
             on_first_rank(log_step, run, values, records)
             require(run.not_finite < 10, "10 updates in a row not finite: lower --learning_rate")
             require(run.useless < len(run.samples), "no row of --data can be used")
+            evaluate_if_due(run)
             if run.step % settings.save_steps == 0:
                 save(run)
     except (SystemExit, UserError, model.CheckpointError, OSError):
@@ -150,6 +163,24 @@ def vote_before_sft(run):
     groups, _ = encode_share(run, range(min(32, len(run.samples))))
     sample(run, groups, 1, temperature=0)
     vote_for_style(run, groups)
+
+def evaluate_if_due(run):
+    """Every --eval_steps steps, greedy answers: metrics on the console and in evaluations.jsonl."""
+    settings = run.settings
+    if not settings.eval_steps or run.step % settings.eval_steps or run.step == run.evaluated:
+        return
+    with gathered(run) as network:
+        results, bad_rows = evaluate(network, run.processor, run.eval_samples,
+                                     settings.max_completion_length,
+                                     cuda_graph=settings.cuda_graph)
+    leave_if_asked("train.py", "--resume continues")
+    for problem in bad_rows:
+        require(settings.skip_bad_rows, f"{problem}; see --skip_bad_rows")
+    values = metrics(results, run.processor.task)
+    on_first_rank(append, run, "evaluations.jsonl", values)
+    main_ones = {name: values[name] for name in run.processor.task.metrics}
+    on_first_rank(print, f"after step {run.step}: {main_ones}")
+    run.evaluated = run.step
 
 # ---- A step ------------------------------------------------------------------------------------
 @dataclass
@@ -178,8 +209,6 @@ def train_step(run):
     groups, bad_rows = encode_share(run, range(first, first + settings.batch_size))
     if settings.method != "sft":
         sample(run, groups, settings.num_generations, settings.temperature)
-        # Sampling takes long, and this step has changed nothing yet: a good moment to stop.
-        leave_if_asked("train.py", "--resume continues")
         vote_for_style(run, groups)
     for group in groups:
         if settings.method != "rlvr":
@@ -318,19 +347,28 @@ def loss_of(run, micro_batch, total):
 # ---- The network, sharded ----------------------------------------------------------------------
 def load_network(settings, source, device):
     """The network, each of W ranks holding 1/W of it in float32; and its sampler: see gathered."""
-    network = model.load_pretrained(source, dtype="auto")
+    base = data.fetch(model.find_base(source))
+    network = model.load_pretrained(base, dtype="auto")
+    network.vlm.model.visual.requires_grad_(not settings.freeze_vision_tower)
+    if settings.lora_rank:
+        # All ranks draw the same ones.
+        torch.manual_seed(settings.seed)
+        model.add_adapters(network, source, settings.lora_rank, settings.model)
     # deepcopy takes what memo has: the sampler shares the buffers, and its weights are empty.
     memo = {}
     for buffer in network.buffers():
         memo[id(buffer)] = buffer
     for weight in network.parameters():
-        memo[id(weight)] = torch.nn.Parameter(weight.to("meta"))
+        memo[id(weight)] = torch.nn.Parameter(weight.to("meta"), weight.requires_grad)
     sampler = copy.deepcopy(network, memo)
     on_gpu = device.type == "cuda"
     if on_gpu:
-        # Bytes per weight: 2 to sample; 16 (itself, gradient, AdamW's two), shared by the ranks.
-        share = 0 if settings.cpu_offload else 16 / dist.get_world_size()
-        needed = (2 + share) * network.vlm.num_parameters()
+        needed = 0
+        for weight in network.parameters():
+            # Bytes: 2 to sample; and shared by the ranks, its own, its gradient's and AdamW's.
+            kept = 16 if weight.requires_grad else 4
+            share = 0 if settings.cpu_offload else kept / dist.get_world_size()
+            needed += (2 + share) * weight.numel()
         available = torch.cuda.get_device_properties(device).total_memory
         require(needed <= available, f"this --model needs {needed / 1e9:.0f} of "
                 f"{available / 1e9:.0f} GB before any activation: use more GPUs or --cpu_offload")
@@ -347,8 +385,9 @@ def load_network(settings, source, device):
     blocks = [m for m in network.modules() if isinstance(m, GradientCheckpointingLayer)]
     for module in [*blocks, network]:
         fsdp.fully_shard(module, mp_policy=policy, offload_policy=offload)
-    # Only now, after sharding: whole float32 weights need not fit on a rank.
-    network.float()
+    if not (settings.lora_rank and on_gpu):
+        # Only now, after sharding: whole float32 weights need not fit on a rank.
+        network.float()
     if settings.checkpoint_activations:
         # transformers recomputes activations only in training mode.
         network.vlm.activation_checkpointing_enable({"use_reentrant": False})
@@ -382,7 +421,7 @@ def save(run):
     try:
         write_checkpoint(run, unfinished)
         on_first_rank(os.rename, unfinished, final)
-    except (OSError, dcp.CheckpointException, model.CheckpointError) as error:
+    except (OSError, SafetensorError, dcp.CheckpointException, model.CheckpointError) as error:
         on_first_rank(shutil.rmtree, unfinished, True)
         reason = str(error).strip().rpartition("\n")[2]
         raise UserError(f"{final}: not written ({reason:.300}); --resume goes on from the one "
@@ -395,35 +434,28 @@ def save(run):
 def write_checkpoint(run, directory):
     """Write a Hugging Face checkpoint and the training state, to the disk and not to a cache."""
     with gathered(run) as network:
-        model.check_finite(network, run.filler.example, f"step {run.step}, lower --learning_rate")
         on_first_rank(shutil.rmtree, directory, True)
         on_first_rank(model.save_pretrained, network, directory, run.source)
     writer = dcp.HuggingFaceStorageWriter(str(directory / STATE), save_distributed=True)
     dcp.save(tensors(run), storage_writer=writer, no_dist=dist.get_world_size() == 1)
-    state = {"step": run.step, "not_finite": run.not_finite, "votes": run.votes, "log_sizes": {},
-             "digests": compute_digests(directory)}
-    for log in run.directory.glob("*.jsonl"):
-        state["log_sizes"][log.name] = log.stat().st_size
+    state = {"step": run.step, "evaluated": run.evaluated, "votes": run.votes,
+             "logs": sizes(run.directory.glob("*.jsonl")),
+             "tensors": sizes(directory.rglob("*.safetensors"))}
     on_first_rank(write_text, directory / f"{STATE}.json", json.dumps(state, indent=1))
     os.sync()     # the final name must not reach the disk before the contents,
     gather([])    # nor before those of other ranks
 
 def tensors(run):
     """Training state by name: weights, and AdamW's moments and step counts."""
-    found = {}
-    for name, parameter in run.network.named_parameters():
-        found[f"weight/{name}"] = parameter.detach()
-        for key, value in run.optimizer.state[parameter].items():
-            found[f"{key}/{name}"] = value
-    return found
+    flat = StateDictOptions(flatten_optimizer_state_dict=True,
+                            ignore_frozen_params=run.settings.lora_rank > 0)
+    weights, moments = get_state_dict(run.network, run.optimizer, options=flat)
+    found = weights | moments
+    return {name: value for name, value in found.items() if torch.is_tensor(value)}
 
-def compute_digests(directory):
-    """SHA-256 of all tensor files by name; each rank reads its share of them."""
-    digests = []
-    for path in my_share(sorted(directory.rglob("*.safetensors"))):
-        with open(path, "rb") as file:
-            digests.append((path.name, hashlib.file_digest(file, "sha256").hexdigest()))
-    return dict(gather(digests))
+def sizes(paths):
+    """The bytes of files, by name."""
+    return {path.name: path.stat().st_size for path in paths}
 
 def own_checkpoints(directory):
     """The run's checkpoints, the oldest first; an error if anything else has such a name."""
@@ -439,28 +471,30 @@ def compare_with_before(directory, config):
     if not (directory / "config.json").exists():
         return
     before = model.read_json(directory / "config.json")
-    for name in ("task", "method", "model", "seed", "batch_size", "data_sha256"):
+    for name in ("task", "method", "model", "seed", "batch_size", "lora_rank",
+                 "freeze_vision_tower", "data_sha256"):
         require(before.get(name) == config[name], f"{directory} holds a run with another {name}: "
                 f"{before.get(name)!r}, not {config[name]!r}; --resume cannot change it")
 
 def resume(run):
     """Go on from the last checkpoint, if there is one, on as many ranks as there are now."""
-    state = {"log_sizes": {}}
+    state = {"logs": {}}
     checkpoints = on_first_rank(own_checkpoints, run.directory)
     if checkpoints:
         last = checkpoints[-1]
         state = model.read_json(last / f"{STATE}.json")
-        require(compute_digests(last) == state.get("digests"), f"{last}: a damaged or missing "
-                "tensor file; delete this checkpoint to go on from an older one, or anew")
+        # Without a file of another rank, half of the weights would silently stay as they were.
+        require(sizes(last.rglob("*.safetensors")) == state.get("tensors"), f"{last}: a damaged or "
+                "missing tensor file; delete it to go on from an older checkpoint, or anew")
         run.step = state["step"]
-        run.not_finite = state["not_finite"]
+        run.evaluated = state["evaluated"]
         run.votes = Counter(state["votes"])
         reader = dcp.HuggingFaceStorageReader(str(last / STATE))
         dcp.load(tensors(run), storage_reader=reader, no_dist=dist.get_world_size() == 1)
     if is_first():
         # Drop what was logged after the checkpoint: those steps run again.
         for log in run.directory.glob("*.jsonl"):
-            os.truncate(log, state["log_sizes"].get(log.name, 0))
+            os.truncate(log, state["logs"].get(log.name, 0))
 
 # ---- Logs --------------------------------------------------------------------------------------
 def summarize(records, settings):
@@ -477,7 +511,6 @@ def summarize(records, settings):
         columns["truncated"].append(record["truncated"] / G)
         if settings.method == "visurf":
             columns["label_active"].append(record["advantages"][-1] != 0)
-            columns["label_advantage"].append(record["advantages"][-1])
     return {name: np.mean(values) for name, values in columns.items()}
 
 def log_step(run, values, records):
@@ -493,17 +526,24 @@ def log_step(run, values, records):
     # JSON has no NaN.
     values = {name: value if np.isfinite(value) else None for name, value in values.items()}
     values["style"] = visurf.preferred_style(run.votes)
-    append(run, "metrics.jsonl", [values])
+    append(run, "metrics.jsonl", values)
     if run.step % 10 == 1:                             # steps 1, 11, 21, ...
         for record in records[:1]:
             print(f"    {record['texts'][0]!r} earns {record['rewards'][0]}")
-        append(run, "completions.jsonl", records)
+        for record in records:
+            append(run, "completions.jsonl", record)
 
-def append(run, name, entries):
-    """Add entries to a log of JSON lines, with the step they are from."""
+def append(run, name, entry):
+    """Add an entry to a log of JSON lines, with its step, and its numbers to TensorBoard's log."""
     with open(run.directory / name, "a") as log:
-        for entry in entries:
-            log.write(json.dumps({"step": run.step} | entry) + "\n")
+        log.write(json.dumps({"step": run.step} | entry) + "\n")
+    if run.settings.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+        # What was logged for this step before a --resume is dropped, and all that follows.
+        run.writer = run.writer or SummaryWriter(run.directory, purge_step=run.step)
+        for key, value in entry.items():
+            if isinstance(value, float):
+                run.writer.add_scalar(f"{name.removesuffix('.jsonl')}/{key}", value, run.step)
 
 if __name__ == "__main__":
     main()

@@ -16,20 +16,13 @@ Shapes: G rollouts, N members, T tokens; "..." are leading axes. Masks are True 
 """
 
 import json
-import re
 
 import torch
 
 # ---- Control 1: the label's style --------------------------------------------------------------
-def write_tight_lists(answer):
-    """json.dumps without the space between two numbers."""
-    return re.sub(r"(?<=\d), (?=-?\d)", ",", json.dumps(answer))
-
 # Candidates for the label's style: name -> function(answer) -> the text between the answer tags.
-# The authors' earlier VisionReasoner has spaced labels, and tight lists in its prompt.
 STYLES = {
     "spaced": json.dumps,
-    "tight lists": write_tight_lists,
     "compact": json.JSONEncoder(separators=(",", ":")).encode,
     "indented": json.JSONEncoder(indent=2).encode,
 }
@@ -37,8 +30,8 @@ STYLES = {
 def style_of(answer_text):
     """Reward control 1: the only style that reproduces a rollout's answer text, or None.
 
-    >>> style_of('[{"point_2d":[1,2]}]'), style_of('[{"point_2d": [1,2]}]'), style_of("[]")
-    ('compact', 'tight lists', None)
+    >>> style_of('[{"point_2d":[1,2]}]'), style_of('[{"point_2d": [1, 2]}]'), style_of("[]")
+    ('compact', 'spaced', None)
     """
     try:
         # json would accept NaN and Infinity; int() refuses both.
