@@ -8,7 +8,6 @@ frame, a (width, height): that of the original image, of the resized one, or (10
 """
 
 import base64
-import hashlib
 import json
 import os
 import re
@@ -107,9 +106,7 @@ class Sample:
     choices: list = field(default_factory=list)      # the texts of A, B, ...
 
 def load_samples(source, task, split="train", limit=0, skip_bad_rows=False):
-    """Read and check all samples of a source, or `limit`; a bad row raises DataError or is skipped.
-    source: a .jsonl or .parquet file, a folder, a hub id, or None for the task's own data.
-    """
+    """All samples of a file, folder or hub id, or the first `limit`, checked; else DataError."""
     require(task.kind != "math" or find_spec("math_verify"), "math needs: pip install math-verify")
     source = source or (task.data if split == "train" else task.eval_data)
     require(source, f"task {task.name} has no {split} data of its own: give --data PATH")
@@ -242,11 +239,6 @@ def check_object(found, frame):
     found["bbox_2d"] = cut.ravel().tolist()
     found["point_2d"] = point.clip(0, frame).tolist()
 
-def fingerprint(samples):
-    """A hash of what samples ask and expect, in order; paths, ids and pixels do not count."""
-    content = [(sample.question, sample.label, sample.frame, sample.size) for sample in samples]
-    return hashlib.sha256(repr(content).encode()).hexdigest()
-
 # ---- Images and geometry -------------------------------------------------------------------------
 def find_image(rows, number, folder):
     """The file that a row names, or the encoded image that it holds."""
@@ -313,11 +305,9 @@ class Example:
 
 class Processor:
     """Turns samples into a checkpoint's inputs, and completions into text and rewards."""
-
-    def __init__(self, path, task, image_size=None, max_completion_length=np.inf):
+    def __init__(self, path, task, image_size=None):
         self.task = task
         self.image_size = image_size or task.image_size
-        self.max_completion_length = np.inf      # for the blank prompt below; then as given
         try:
             from transformers import AutoConfig, AutoTokenizer, Qwen2VLImageProcessorPil
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -339,7 +329,6 @@ class Processor:
         except Exception as error:       # foreign files make their readers raise nearly anything
             raise UserError(f"{path}: not a complete Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint "
                             f"({error!r:.300}); give one with --model") from None
-        self.max_completion_length = max_completion_length
 
     def encode(self, sample):
         """Image, prompt and label as the network takes them; a prompt is never truncated."""
@@ -366,11 +355,6 @@ class Processor:
         slots = "<|image_pad|>" * (rows * columns // merge**2)
         ids = self.token_ids(prompt.replace("<|image_pad|>", slots))
         label = move_objects(sample.label, sample.frame, frame, round_to_int=True)
-        # Written as short as can be. No rollout can be right if this is too long.
-        answer = label if isinstance(label, str) else json.dumps(label, separators=(",", ":"))
-        length = len(self.token_ids(f"<answer>{answer}</answer>{END}"))
-        require(length <= self.max_completion_length, f"{sample.where}: a label of {length} tokens:"
-                f" --max_completion_length {self.max_completion_length} is too low", DataError)
         return Example(sample, ids, batch["pixel_values"], batch["image_grid_thw"], label, frame)
 
     def token_ids(self, text):
@@ -379,8 +363,8 @@ class Processor:
 
     def decode(self, ids, finished=True):
         """The text of a completion, without the end token of one that is finished."""
-        ids = ids[:-1] if finished else ids
-        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        return self.tokenizer.decode(ids[:-1] if finished else ids,
+                                     clean_up_tokenization_spaces=False)
 
     def score(self, completion, example):
         """The reward components of a completion: see rewards.py."""

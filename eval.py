@@ -64,7 +64,6 @@ class Settings(Common):
     eval_batch_size: int = flag(32, "prompts answered at a time", 1, 4096)
 
 def main(argv=None):
-    """The command line."""
     run_program("eval.py", run, parse(Settings, argv, "eval.py"))
 
 def run(settings):
@@ -100,8 +99,8 @@ def evaluate(network, processor, samples, max_new_tokens=512, batch_size=32, cud
     results = []
     bad_rows = []
     shared = my_share(samples)
-    quiet = None if is_first() else True     # None: a bar in terminals only
-    for first in tqdm(range(0, len(shared), batch_size), "evaluating", leave=False, disable=quiet):
+    for first in tqdm(range(0, len(shared), batch_size), "evaluating", leave=False,
+                      disable=None if is_first() else True):     # None: in terminals only
         if received_signals:
             break
         examples = []
@@ -217,7 +216,6 @@ def format_table(values):
 # ---- Flags and files ---------------------------------------------------------------------------
 class Parser(argparse.ArgumentParser):
     """argparse, but a mistake is one line, printed by one rank, and exit code 2."""
-
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n" if is_first() else None)
 
@@ -263,20 +261,16 @@ received_signals = []
 
 def run_program(program, function, *args):
     """Call function(*args). A user's mistake is one line and exit code 2; our own bugs raise."""
-    for stream in (sys.stdout, sys.stderr):
-        # A terminal may lack characters that a model writes.
-        stream.reconfigure(errors="replace")
+    # A terminal may lack characters that a model writes.
+    sys.stdout.reconfigure(errors="replace")
     try:
         # Under torchrun, a failure is recorded, and all other processes are ended.
         record(function)(*args)
         if dist.is_initialized():
             dist.destroy_process_group()
     except (UserError, model.CheckpointError, OSError) as error:
-        speaks = is_first()
-        if dist.is_initialized() and world()[1] > 1:
-            # Of several ranks that fail, the first one speaks.
-            speaks = dist.distributed_c10d._get_default_store().add("failures", 1) == 1
-        if speaks:
+        # Errors of one rank alone are in torchrun's summary.
+        if is_first():
             complain(program, error)
         sys.exit(2)
     except RuntimeError as error:
@@ -285,8 +279,6 @@ def run_program(program, function, *args):
             raise
         complain(program, f"rank {world()[0]} waited for another rank in vain: {error}")
         sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(f"{program}: stopped while loading")
     finally:
         held_locks.close()
         # Python 3.11 crashes at exit if a thread of gloo is waiting for its lock.

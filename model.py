@@ -31,7 +31,6 @@ import torch.nn.functional as F
 import transformers
 from torch.nn.utils.rnn import pad_sequence
 
-PROJECTIONS = r".*language_model.*_proj"  # the modules that get LoRA adapters
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 # Nothing is downloaded, and no code of a checkpoint runs.
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
@@ -43,7 +42,6 @@ class CheckpointError(ValueError):
 # ---- The network -------------------------------------------------------------------------------
 class GroupPolicy(nn.Module):
     """A transformers Qwen-VL network, `vlm`, that reads groups: prompts with their completions."""
-
     def __init__(self, vlm):
         super().__init__()
         self.vlm = vlm
@@ -59,8 +57,7 @@ class GroupPolicy(nn.Module):
     def forward(self, batch, completions, mask, temperature=1.0):
         """Float32 log-probs (B, N, T) of completions (B, N, T) under softmax(logits / temperature).
 
-        mask (B, N, T) is True on tokens and False on the padding behind them, which gets 0: to
-        leave tokens out, use the loss's mask. Forbidden tokens have probability 0.
+        mask (B, N, T) is True on tokens and False on the padding behind them, which gets 0.
         """
         _, N, T = completions.shape
         B, P = batch.ids.shape
@@ -156,7 +153,6 @@ class GroupAttention:
     in `real` (B, N, T): T is one less here, as a last token is no input. Under a causal mask, no
     prompt token sees its padding. store(layer, k, v) gets the prompts' keys and values, by layer.
     """
-
     def __init__(self, lengths, P, real=None, store=None):
         if real is None:
             real = torch.zeros(len(lengths), 1, 0, dtype=torch.bool, device=lengths.device)
@@ -223,10 +219,8 @@ class GroupAttention:
 # ---- Log-probs without the logits of a whole batch in memory -----------------------------------
 class TokenLogProbs(torch.autograd.Function):
     """log softmax(hidden @ weight.T / temperature)[targets], (M,) float32.
-
     hidden (M, D), weight (V, D), targets (M,). Backward computes logits again, CHUNK at a time.
     """
-
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, forbidden):
         totals = hidden.new_empty(len(hidden), 1, dtype=torch.float32)
@@ -351,11 +345,9 @@ def draw(probabilities, uniform):
 
 class Decoder:
     """Runs each prompt once, then one token of each row a step, with a KV cache.
-
     A prompt's keys and values are kept once, for all its rows. On CUDA a step is captured as a
     graph, whose shapes are fixed: attention then reads all slots, and empty ones are masked.
     """
-
     def __init__(self, network, prompts, N, max_tokens, cuda_graph):
         device = network.vlm.lm_head.weight.device
         self.network = network
@@ -480,25 +472,22 @@ def check_checkpoint(path):
 
 def find_base(path):
     """The name of the checkpoint that a folder of LoRA adapters is for; else the path itself."""
-    path = Path(path)
-    if not (path / "adapter_config.json").exists():
+    config = Path(path) / "adapter_config.json"
+    if not config.exists():
         return path
-    if not (path / "adapter_model.safetensors").exists():
-        raise CheckpointError(f"{path}: no adapter_model.safetensors beside adapter_config.json")
-    return read_json(path / "adapter_config.json").get("base_model_name_or_path")
+    if not config.with_name("adapter_model.safetensors").exists():
+        raise CheckpointError(f"{config}: no adapter_model.safetensors beside it")
+    return str(read_json(config).get("base_model_name_or_path"))
 
 def add_adapters(network, folder, rank=None, base=None):
-    """Add LoRA adapters in float32, and freeze all else; CheckpointError if they do not fit.
-
-    They are read from `folder` or, if it has none, new: of this rank, for the checkpoint `base`.
-    """
+    """Add a folder's LoRA adapters, or if it has none new ones of this rank; freeze all else."""
     vlm = network.vlm
     try:
         import peft
-        if find_base(folder) == Path(folder):
+        if find_base(folder) == folder:
             vlm.name_or_path = str(base)
             vlm.add_adapter(peft.LoraConfig(r=rank, lora_alpha=2 * rank,
-                                            target_modules=PROJECTIONS))
+                                            target_modules=r".*language_model.*_proj"))
         else:
             report = vlm.load_adapter(str(folder), is_trainable=True)
             if report.missing_keys or report.unexpected_keys:
@@ -548,9 +537,8 @@ def read_files(path):
     return files
 
 def save_pretrained(network, directory, source, dtype=torch.bfloat16):
-    """Write a Hugging Face checkpoint; its other files are those of `source`, a path or a dict.
-
-    Of a network with LoRA adapters, these alone are written, in float32, as peft lays them out.
+    """Write a Hugging Face checkpoint with the other files of `source`, a path or a dict; of a
+    network with LoRA adapters, these alone, in float32, as peft lays them out.
     """
     directory = Path(directory)
     files = source if isinstance(source, dict) else read_files(source)

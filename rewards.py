@@ -29,10 +29,11 @@ NO_FORMULA = re.compile(r"(?s)^[a-zA-Z ]{3,}$|\d\s+\d|.{201}")
 def score(completion, label, kind="objects", frame=(840, 840), choices=(), **thresholds):
     """A completion's rewards, a dict: those components above that its kind of answer has.
 
-    label: text, or objects with "bbox_2d" and perhaps "point_2d", from 0 to frame (width, height).
+    label: text, or objects with "bbox_2d" and "point_2d", from 0 to frame (width, height).
     kind: "count", "math", or else objects. thresholds: see accuracy_score, in pixels of 840 x 840.
 
-    >>> score('<answer>[{"bbox_2d": [0, 0, 50, 60]}]</answer>', [{"bbox_2d": [0, 0, 50, 50]}])
+    >>> label = [{"bbox_2d": [0, 0, 50, 50], "point_2d": [20, 20]}]
+    >>> score('<answer>[{"bbox_2d": [0, 0, 50, 60]}]</answer>', label)
     {'thinking': 0.0, 'format': 1.0, 'accuracy': 2.0, 'non_repeat': 1.0}
     """
     # A cut bounds the time that regular expressions take.
@@ -120,11 +121,7 @@ def accuracy_score(predicted, label, frame, iou_above=0.5, l1_below=10, distance
     found = [[*item.get("bbox_2d", [0] * 4), *item.get("point_2d", [np.inf] * 2)]
              for item in predicted]
     found = np.array(found)[:, None]                                          # (n, 1, 6)
-    wanted = []
-    for item in label:
-        centre = np.reshape(item["bbox_2d"], (2, 2)).mean(axis=0)
-        wanted.append([*item["bbox_2d"], *(item.get("point_2d") or centre)])
-    wanted = np.array(wanted)                                                 # (m, 6)
+    wanted = np.array([item["bbox_2d"] + item["point_2d"] for item in label])  # (m, 6)
     offset = abs(found - wanted) * 840 / np.tile(frame, 3)                   # (n, m, 6)
     l1 = offset[..., :4].mean(axis=2)                                         # (n, m)
     distance = np.linalg.norm(offset[..., 4:], axis=2)                        # (n, m)

@@ -60,7 +60,7 @@ class Settings(Common):
     drop_thinking_reward: bool = flag(True, "control 2: no thinking reward for the label")
     smooth_label_reward: bool = flag(True, "control 3: no advantage for a label that is matched")
     checkpoint_activations: bool = flag(True, "compute activations twice to save memory")
-    cpu_offload: bool = flag(False, "keep weights and optimizer off the GPU: much slower")
+    cpu_offload: bool = flag(False, "weights and optimizer off the GPU: set OMP_NUM_THREADS")
     save_steps: int = flag(100, "steps between checkpoints", 1)
     keep: int = flag(1, "checkpoints to keep", 1)
     eval_steps: int = flag(0, "steps between evaluations; 0: none", 0)
@@ -83,8 +83,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     votes: Counter = field(default_factory=Counter)      # label styles seen in rollouts so far
     step: int = 0                      # steps done
-    not_finite: int = 0                # updates skipped in a row: loss or gradient not finite
-    useless: int = 0                   # consecutive rows that were unusable
+    skipped: int = 0                   # updates in a row without usable rows or a finite gradient
     eval_samples: list = field(default_factory=list)
     evaluated: int = -1                # the last step that was evaluated
     writer: object = None              # for TensorBoard, on the first rank
@@ -94,7 +93,6 @@ STATE = "training_state"               # of a checkpoint: a folder of tensors, a
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
 def main(argv=None):
-    """The command line."""
     run_program("train.py", train, parse(Settings, argv, "train.py"))
 
 # ---- A run -------------------------------------------------------------------------------------
@@ -102,8 +100,8 @@ def train(settings):
     """Check what the user gave, load the network and train it."""
     device = start(settings.timeout)
     task = data.TASKS[settings.task]
-    for flag_given, package in ((settings.lora_rank, "peft"), (settings.tensorboard, "tensorboard")):
-        require(not flag_given or find_spec(package), f"pip install {package}")
+    require(not settings.lora_rank or find_spec("peft"), "--lora_rank needs: pip install peft")
+    require(not settings.tensorboard or find_spec("tensorboard"), "pip install tensorboard")
     samples = data.load_samples(settings.data, task, skip_bad_rows=settings.skip_bad_rows)
     eval_samples = []
     if settings.eval_steps:
@@ -111,7 +109,7 @@ def train(settings):
                                          settings.skip_bad_rows)
     directory = Path(settings.output_dir or f"runs/{settings.task}-{settings.method}")
     on_first_rank(claim, directory, settings.resume)
-    config = asdict(settings) | {"data_sha256": data.fingerprint(samples)}
+    config = asdict(settings) | {"samples": len(samples)}
     on_first_rank(compare_with_before, directory, config)
     # When a run is resumed, the checkpoint that it began with may be gone.
     saved = on_first_rank(own_checkpoints, directory)
@@ -119,13 +117,10 @@ def train(settings):
     base = data.fetch(model.find_base(source))
     require(source == base or settings.lora_rank, f"{source} are adapters: give --lora_rank")
     model.check_checkpoint(base)
-    # In RLVR, a label too long for any rollout to write would teach nothing.
-    longest_label = settings.max_completion_length if settings.method == "rlvr" else np.inf
-    processor = data.Processor(base, task, settings.image_size, longest_label)
+    processor = data.Processor(base, task, settings.image_size)
     filler = Group(processor.blank, ids=[processor.token_ids("[]")], advantages=torch.zeros(1))
     network, sampler = load_network(settings, source, device)
-    trained = [weight for weight in network.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(trained, settings.learning_rate, fused=True)
+    optimizer = torch.optim.AdamW(network.parameters(), settings.learning_rate, fused=True)
     run = Run(settings, directory, model.read_files(base), processor, samples, filler,
               device, network, sampler, optimizer, eval_samples=eval_samples)
     on_first_rank(write_text, directory / "config.json", json.dumps(config, indent=2))
@@ -146,8 +141,8 @@ def loop(run):
         while run.step < settings.max_steps:
             values, records = train_step(run)
             on_first_rank(log_step, run, values, records)
-            require(run.not_finite < 10, "10 updates in a row not finite: lower --learning_rate")
-            require(run.useless < len(run.samples), "no row of --data can be used")
+            require(run.skipped < 10, "10 updates in a row skipped: no row of --data can be used, "
+                    "or the gradient is not finite: lower --learning_rate")
             evaluate_if_due(run)
             if run.step % settings.save_steps == 0:
                 save(run)
@@ -171,8 +166,7 @@ def evaluate_if_due(run):
         return
     with gathered(run) as network:
         results, bad_rows = evaluate(network, run.processor, run.eval_samples,
-                                     settings.max_completion_length,
-                                     cuda_graph=settings.cuda_graph)
+                                     settings.max_completion_length, 32, settings.cuda_graph)
     leave_if_asked("train.py", "--resume continues")
     for problem in bad_rows:
         require(settings.skip_bad_rows, f"{problem}; see --skip_bad_rows")
@@ -195,7 +189,6 @@ class Group:
     advantages: torch.Tensor | None = None               # (N,) float64
 
     def record(self):
-        """The part that is logged."""
         return {"question": self.example.sample.question, "texts": self.texts,
                 "lengths": [*map(len, self.ids)], "truncated": self.truncated,
                 "rewards": self.rewards, "advantages": self.advantages.tolist()}
@@ -221,7 +214,6 @@ def train_step(run):
     run.step += 1
     values["skipped_rows"] = bad_rows
     records = gather([group.record() for group in groups])
-    run.useless = 0 if records else run.useless + bad_rows
     if settings.method != "sft" and records:
         values |= summarize(records, settings)
     values["rollout_seconds"] = sampled - began
@@ -238,7 +230,13 @@ def encode_share(run, indices):
         # The same on any rank. Hashed, because with seed + index, seed 1 would replay seed 0.
         seed = np.random.SeedSequence([run.settings.seed, index]).generate_state(1)[0]
         try:
-            groups.append(Group(run.processor.encode(run.samples[order[place]]), int(seed)))
+            example = run.processor.encode(run.samples[order[place]])
+            shortest = visurf.align_label(example.label, "compact") + data.END
+            too_long = len(run.processor.token_ids(shortest)) > run.settings.max_completion_length
+            # Then no rollout could be right, and GRPO would teach nothing.
+            require(run.settings.method != "rlvr" or not too_long, f"{example.sample.where}: a "
+                    "label that is longer than --max_completion_length", data.DataError)
+            groups.append(Group(example, int(seed)))
         except data.DataError as error:
             bad_rows.append(str(error))
     bad_rows = gather(bad_rows)
@@ -305,13 +303,13 @@ def update(run, groups):
         norm = torch.nn.utils.clip_grad_norm_(run.network.parameters(), max_norm=1.0)
         norm = norm.full_tensor().item()
     # All ranks see the same sums, so they agree.
-    if np.isfinite(norm) and np.isfinite(mean_loss):
+    if total > 0 and np.isfinite(norm) and np.isfinite(mean_loss):
         run.optimizer.step()
-        run.not_finite = 0
+        run.skipped = 0
     else:
-        run.not_finite += 1
+        run.skipped += 1
     run.optimizer.zero_grad()
-    return {"loss": mean_loss, "grad_norm": norm, "not_finite": run.not_finite}
+    return {"loss": mean_loss, "grad_norm": norm, "skipped": run.skipped}
 
 def plan(run, groups):
     """This rank's micro-batches, as many as any other's, and the tokens to divide losses by."""
@@ -372,10 +370,6 @@ def load_network(settings, source, device):
         available = torch.cuda.get_device_properties(device).total_memory
         require(needed <= available, f"this --model needs {needed / 1e9:.0f} of "
                 f"{available / 1e9:.0f} GB before any activation: use more GPUs or --cpu_offload")
-    if on_gpu and settings.cpu_offload:
-        # torchrun gives a process one thread, with which AdamW alone takes seconds a step.
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(max(1, os.cpu_count() // processes))
     # Inputs are not cast: positions and rotary tables stay in float32.
     compute = torch.bfloat16 if on_gpu else torch.float32
     policy = fsdp.MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32,
@@ -454,7 +448,6 @@ def tensors(run):
     return {name: value for name, value in found.items() if torch.is_tensor(value)}
 
 def sizes(paths):
-    """The bytes of files, by name."""
     return {path.name: path.stat().st_size for path in paths}
 
 def own_checkpoints(directory):
@@ -472,7 +465,7 @@ def compare_with_before(directory, config):
         return
     before = model.read_json(directory / "config.json")
     for name in ("task", "method", "model", "seed", "batch_size", "lora_rank",
-                 "freeze_vision_tower", "data_sha256"):
+                 "freeze_vision_tower", "samples"):
         require(before.get(name) == config[name], f"{directory} holds a run with another {name}: "
                 f"{before.get(name)!r}, not {config[name]!r}; --resume cannot change it")
 
