@@ -64,6 +64,7 @@ class Settings(Common):
     eval_batch_size: int = flag(32, "prompts answered at a time", 1, 4096)
 
 def main(argv=None):
+    """The command line."""
     run_program("eval.py", run, parse(Settings, argv, "eval.py"))
 
 def run(settings):

@@ -513,9 +513,8 @@ def find_special_tokens(network, path):
         network.forbidden_tokens += range(max(words.values()) + 1, size)
         # Merged checkpoints may name <|endoftext|> alone, which no answer ends with.
         network.stop_tokens = sorted({*network.stop_tokens, words["<|im_end|>"]}, key=str)
-    for token in (*network.stop_tokens, *network.forbidden_tokens):
-        if type(token) is not int or not 0 <= token < size:
-            raise ValueError(f"token {token!r} in its JSON files is no number below {size}")
+    if not {*network.stop_tokens, *network.forbidden_tokens} <= set(range(size)):
+        raise ValueError(f"its JSON files name tokens that are no numbers below {size}")
 
 def read_json(path):
     """The object in a JSON file; CheckpointError names a file that is missing or damaged."""

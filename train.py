@@ -3,8 +3,7 @@
     python train.py                                         # built-in task, bundled checkpoint
     python train.py --task grounding --data my.jsonl --model Qwen/Qwen2.5-VL-7B-Instruct
     torchrun --nproc_per_node 8 train.py --task grounding   # FSDP2 on eight GPUs
-    python train.py --method rlvr                           # no label in the group: GRPO
-    python train.py --method sft                            # no rollouts: cross-entropy on labels
+    python train.py --method rlvr                           # GRPO; sft: cross-entropy on labels
     python train.py --resume                                # with the same flags: go on
 
 `train_step`: sample -> align and inject the label -> score -> advantages -> update.
@@ -93,6 +92,7 @@ STATE = "training_state"               # of a checkpoint: a folder of tensors, a
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
 def main(argv=None):
+    """The command line."""
     run_program("train.py", train, parse(Settings, argv, "train.py"))
 
 # ---- A run -------------------------------------------------------------------------------------
@@ -126,8 +126,8 @@ def train(settings):
     on_first_rank(write_text, directory / "config.json", json.dumps(config, indent=2))
     resume(run)
     on_first_rank(print, f"{settings.method} on {len(samples)} samples, {world()[1]} x {device}")
-    if settings.method != "sft":     # a score's keys are the rewards' names
-        on_first_rank(print, "Loss near 0 is fine. Rewards:", *processor.score("", filler.example))
+    # With rollouts. A score's keys are the rewards' names.
+    on_first_rank(print, "Loss near 0 is fine. Rewards:", *processor.score("", filler.example))
     loop(run)
 
 def loop(run):
@@ -172,8 +172,10 @@ def evaluate_if_due(run):
         require(settings.skip_bad_rows, f"{problem}; see --skip_bad_rows")
     values = metrics(results, run.processor.task)
     on_first_rank(append, run, "evaluations.jsonl", values)
-    main_ones = {name: values[name] for name in run.processor.task.metrics}
-    on_first_rank(print, f"after step {run.step}: {main_ones}")
+    line = f"after step {run.step}:"
+    for name in run.processor.task.metrics:
+        line += f" {name} {np.float64(values[name]):.3f}"
+    on_first_rank(print, line)
     run.evaluated = run.step
 
 # ---- A step ------------------------------------------------------------------------------------
@@ -441,13 +443,12 @@ def write_checkpoint(run, directory):
 
 def tensors(run):
     """Training state by name: weights, and AdamW's moments and step counts."""
-    flat = StateDictOptions(flatten_optimizer_state_dict=True,
-                            ignore_frozen_params=run.settings.lora_rank > 0)
-    weights, moments = get_state_dict(run.network, run.optimizer, options=flat)
-    found = weights | moments
-    return {name: value for name, value in found.items() if torch.is_tensor(value)}
+    options = StateDictOptions(ignore_frozen_params=run.settings.lora_rank > 0)
+    weights, moments = get_state_dict(run.network, run.optimizer, options=options)
+    return {"weight": weights, "moments": moments["state"]}
 
 def sizes(paths):
+    """The bytes of files, by name."""
     return {path.name: path.stat().st_size for path in paths}
 
 def own_checkpoints(directory):
@@ -514,8 +515,7 @@ def log_step(run, values, records):
         line += f" | reward {values['reward']:.2f} = {' + '.join(parts)}"
     if "label_active" in values:
         line += f" | label_active {values['label_active']:.2f}"
-    seconds = values["rollout_seconds"] + values["update_seconds"]
-    print(f"{line} | {seconds:.2f} s", flush=True)
+    print(f"{line} | {values['rollout_seconds']:.2f} + {values['update_seconds']:.2f}s", flush=True)
     # JSON has no NaN.
     values = {name: value if np.isfinite(value) else None for name, value in values.items()}
     values["style"] = visurf.preferred_style(run.votes)

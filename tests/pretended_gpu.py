@@ -251,6 +251,7 @@ def pretended_gpu():
             (torch.cuda, cuda),
             (torch, {"_has_compatible_shallow_copy_type": lambda *_: True}),
             (torch._C, {"_get_accelerator": lambda *_: GPU}),
+            (torch.accelerator, {"current_stream": unused}),
             (torch.Tensor, {"data": property(plain_data.__get__, set_data)}),
             (DTensor, {"device": property(lambda self: GPU), "is_meta": property(lambda self: False)}),
             (F, {"scaled_dot_product_attention": attention}),
