@@ -113,7 +113,7 @@ def patch_product(module, pixels):
     return F.linear(pixels.to(weight.dtype), weight, module.proj.bias)
 
 class PromptBatch(NamedTuple):
-    """B prompts as tensors; the images of all prompts follow each other."""
+    """B prompts as tensors; the images of all prompts follow each other, at least one."""
     ids: torch.Tensor  # (B, P) right-padded
     lengths: torch.Tensor  # (B,) real tokens of each prompt
     pixels: torch.Tensor  # (patches, channels * time * height * width)
@@ -513,8 +513,9 @@ def find_special_tokens(network, path):
         network.forbidden_tokens += range(max(words.values()) + 1, size)
         # Merged checkpoints may name <|endoftext|> alone, which no answer ends with.
         network.stop_tokens = sorted({*network.stop_tokens, words["<|im_end|>"]}, key=str)
-    if not {*network.stop_tokens, *network.forbidden_tokens} <= set(range(size)):
-        raise ValueError(f"its JSON files name tokens that are no numbers below {size}")
+    wrong = {*network.stop_tokens, *network.forbidden_tokens} - set(range(size))
+    if wrong:
+        raise ValueError(f"its JSON files name tokens that are no numbers below {size}: {wrong}")
 
 def read_json(path):
     """The object in a JSON file; CheckpointError names a file that is missing or damaged."""

@@ -518,8 +518,7 @@ def log_step(run, values, records):
     print(f"{line} | {values['rollout_seconds']:.2f} + {values['update_seconds']:.2f}s", flush=True)
     # JSON has no NaN.
     values = {name: value if np.isfinite(value) else None for name, value in values.items()}
-    values["style"] = visurf.preferred_style(run.votes)
-    append(run, "metrics.jsonl", values)
+    append(run, "metrics.jsonl", values | {"style": visurf.preferred_style(run.votes)})
     if run.step % 10 == 1:                             # steps 1, 11, 21, ...
         for record in records[:1]:
             print(f"    {record['texts'][0]!r} earns {record['rewards'][0]}")

@@ -33,7 +33,6 @@ CURVES = {
     "reward/accuracy": "The answer agrees with the label: what it is all about.",
     "reward/non_repeat": "Nothing is said twice; near its maximum.",
     "label_active": "Share of prompts where the label still teaches; falls as rollouts catch up.",
-
     "length": "Mean tokens of a rollout; a jump means that the style has changed.",
     "truncated": "Share of rollouts that hit the length limit; near 0, or the limit is too low.",
     "loss": "Near 0 with rollouts, as advantages have mean 0: watch the reward. Falls for sft.",

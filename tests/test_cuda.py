@@ -152,8 +152,7 @@ def test_bfloat16_gradients_of_the_head_are_close_to_float32(monkeypatch, gpu):
 
 @on_a_gpu
 def test_the_graph_computes_the_eager_step(checkpoint):
-    """On the same tokens, up to rounding, over several captures: a graph reads 64, 128 or 150 slots, an eager step
-    only those that are filled."""
+    """On the same tokens, up to rounding: a graph reads all 150 slots, an eager step only those that are filled."""
     network = model.load_pretrained(checkpoint, torch.bfloat16, DEVICE)
     tokens = torch.randint(10, 180, (150, 2 * len(PROMPTS)), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     with torch.inference_mode():
@@ -168,7 +167,7 @@ def test_the_graph_computes_the_eager_step(checkpoint):
 
 @on_a_gpu
 def test_bfloat16_log_probs_of_sampler_and_trainer_agree(checkpoint):
-    """Within 4e-2 at every token, over several captures and with rows that finish early."""
+    """Within 4e-2 at every token, with rows that finish early."""
     network = model.load_pretrained(checkpoint, torch.bfloat16, DEVICE)
     network.stop_tokens = [2, 3]
     groups = model.generate(network, PROMPTS, 4, 150)

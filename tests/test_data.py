@@ -912,31 +912,6 @@ def test_the_authors_masks_give_their_boxes(shared):
     assert iou(found["bbox_2d"], sample.label[0]["bbox_2d"]) > 0.95
 
 
-def fingerprint_of(folder, *rows):
-    return data.fingerprint(load_samples(write_rows(folder, rows), GROUNDING))
-
-
-def test_a_fingerprint_is_of_what_samples_say_and_not_of_where_they_are(tmp_path):
-    rows = [train_row(), train_row(problem="the dog", solution="[]")]
-    before = fingerprint_of(tmp_path, *rows)
-    (tmp_path / "moved").mkdir()
-    assert fingerprint_of(tmp_path / "moved", "", *rows) == before, "another path, other row numbers"
-    for changed in (rows[:1], rows[::-1], [*rows, rows[0]], [train_row(problem="the cats"), rows[1]],
-                    [train_row(solution=[[10, 20, 30, 41]]), rows[1]],
-                    [train_row(img_width=50), rows[1]], [train_row(frame=[100, 81]), rows[1]],
-                    [train_row(choices=["a"]), rows[1]]):
-        assert fingerprint_of(tmp_path, *changed) != before, changed
-
-
-def test_fingerprints_open_no_image(tmp_path, monkeypatch):
-    """So 100,000 rows take a second."""
-    samples = load_samples(write_rows(tmp_path, [train_row()]), GROUNDING)
-    for sample in samples:
-        sample.image = None
-    monkeypatch.setattr(data, "open_image", None)
-    assert len(data.fingerprint(samples)) == 64
-
-
 def test_sources_that_are_not_there(tmp_path, monkeypatch):
     def complaint(source, split="train", task=GROUNDING):
         return mistake(load_samples, source, task, split)

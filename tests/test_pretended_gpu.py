@@ -45,7 +45,7 @@ def test_sampling_and_training_on_a_gpu(reference, gpu):
     Seen.waits.clear()
     rollouts = model.generate(network, PROMPTS, 4, 150)
     assert Seen.waits.total() <= SAMPLING_WAITS, Seen.waits
-    assert len(Seen.graphs) == 3, "one for each number of slots: 64, 128, 150"
+    assert len(Seen.graphs) == 1
     sampled = torch.cat([rollout.logprobs for group in rollouts for rollout in group])
     logprobs, gradients = train_pass(network, rollouts, gpu)
     assert (logprobs - sampled).abs().max() < 4e-2

@@ -24,7 +24,7 @@ BELOW = {
     "train.py": {"model", "data", "rewards", "eval", "visurf"},
 }
 REQUIRED = {"torch", "transformers", "safetensors", "PIL", "numpy", "tqdm", "huggingface_hub"}
-OPTIONAL = {"datasets", "math_verify"}
+OPTIONAL = {"datasets", "math_verify", "peft", "tensorboard"}
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = (ROOT / "README.md").read_text()
 # Folder by folder: a virtual environment in the checkout is nobody's source.
@@ -151,7 +151,7 @@ def test_docstring_examples(path):
 
 
 @pytest.mark.parametrize("name, call, printed", [
-    ("visurf", "visurf.align_label([{'point_2d': [7, 8]}], 'tight lists')", '<answer>[{"point_2d": [7,8]}]</answer>'),
+    ("visurf", "visurf.align_label([{'point_2d': [7, 8]}], 'compact')", '<answer>[{"point_2d":[7,8]}]</answer>'),
     ("rewards", "rewards.has_thinking('<think>I see it</think><answer>[]</answer>')", "True"),
     ("model", "type(model.load_pretrained(CHECKPOINT)).__name__", "GroupPolicy"),
 ])

@@ -68,8 +68,6 @@ def test_the_file_alone_scores_a_completion(tmp_path):
 TOTALS = {
     "perfect": (completion([DOG]), [DOG], (1, 2, 3, 1)),
     "perfect, two in another order": (completion([CAT, DOG]), [DOG, CAT], (1, 2, 3, 1)),
-    "label without a point uses the centre": (completion([DOG]), [{"bbox_2d": DOG["bbox_2d"]}], (1, 2, 3, 1)),
-    "label with an empty point uses the centre": (completion([DOG]), [DOG | {"point_2d": None}], (1, 2, 3, 1)),
     "no thinking": (answer([DOG]), [DOG], (0, 2, 3, 1)),
     "correct []": (completion([]), [], (1, 2, 3, 1)),
     "hallucination": (completion([DOG]), [], (1, 2, 0, 1)),
@@ -116,9 +114,9 @@ def test_a_label_of_other_columns_is_an_error():
 
 
 def test_inputs_are_left_alone():
-    label = json.loads(json.dumps([DOG, {"bbox_2d": [1, 2, 3, 4]}]))
+    label = json.loads(json.dumps([DOG, CAT]))
     score(completion([DOG]), label, frame=(420, 210))
-    assert label == [DOG, {"bbox_2d": [1, 2, 3, 4]}]
+    assert label == [DOG, CAT]
 
 
 # ---- Reading the answer ---------------------------------------------------------------------------------------------

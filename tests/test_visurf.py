@@ -21,7 +21,6 @@ TWO = [{"bbox_2d": [1, 2, 30, 44], "point_2d": [5, -6]}, {"bbox_2d": [7, 8, 90, 
 # Written by hand and by json alone, not by this project.
 WRITTEN = {
     "spaced": json.dumps(TWO),
-    "tight lists": '[{"bbox_2d": [1,2,30,44], "point_2d": [5,-6]}, {"bbox_2d": [7,8,90,100], "point_2d": [11,12]}]',
     "compact": '[{"bbox_2d":[1,2,30,44],"point_2d":[5,-6]},{"bbox_2d":[7,8,90,100],"point_2d":[11,12]}]',
     "indented": json.dumps(TWO, indent=2),
 }
