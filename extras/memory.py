@@ -166,7 +166,7 @@ def vision(s: Sizes, patches: int, trained=False) -> float:
     return patches * (3 * s.c * s.width + max(3 * s.c * s.inner, turned * s.width))
 
 
-def update(s: Sizes, n: Counts, work: Work, heads: int, tower_trained: bool) -> float:
+def update(s: Sizes, n: Counts, work: Work, heads: int, tower_trained: bool, gathered: int) -> float:
     """Bytes that a micro-batch needs above weights and gradients that are kept, with --checkpoint_activations."""
     members = work.micro_batch * (work.group + 1)
     patches = work.micro_batch * work.patches
@@ -184,19 +184,18 @@ def update(s: Sizes, n: Counts, work: Work, heads: int, tower_trained: bool) -> 
                    + max(6 * s.I * tokens, 4 * repeated * s.kv + 4 * s.q * tokens))
     # Gradients of a block, and once more in float32 for the sum over ranks: the block's before, too.
     layer += (s.c + 2 * 4) * n.block_trained
-    head = 4 * model.CHUNK * s.V * 3
+    head = 12 * min(model.CHUNK, members * work.completion_tokens) * s.V
     if n.root_trained:
         # The gradient in float32; in half precision, a chunk's product is added to it.
         head += (4 if s.c == 4 else 8) * s.V * s.D
         layer += s.c * s.V * s.D
     summed = (s.c + 4) * n.root_trained
-    # Gathered are the root, a block, and the one after it.
-    weights = s.c * (n.root + 2 * n.block)
+    weights = s.c * (n.root + gathered * n.block)
     return weights + stored + bias + max(head, layer, summed, vision(s, patches, tower_trained))
 
 
 def plan(config, world: int, work: Work, dtype_bytes: int = 2, lora_rank: int = 0, frozen_tower: bool = False,
-         cpu_offload: bool = False) -> dict[str, float]:
+         cpu_offload: bool = False, on_gpu: bool = True) -> dict[str, float]:
     """Bytes on each of `world` GPUs: what is always there; what rollouts and update need above it."""
     n = count(config, lora_rank, frozen_tower)
     s = Sizes.of(config, dtype_bytes)
@@ -205,9 +204,10 @@ def plan(config, world: int, work: Work, dtype_bytes: int = 2, lora_rank: int = 
     frozen = (dtype_bytes if lora_rank else 4) * (n.whole - n.trained)
     always = 0 if cpu_offload else (12 * n.trained + frozen) / world
     gradients = 0 if cpu_offload else 4 * n.trained / world
+    # Gathered are the root and a block, and on a GPU already the one after it.
     trains_tower = not (lora_rank or frozen_tower)
     return {"always": always, "rollouts": rollouts(s, n, work, heads),
-            "update": gradients + update(s, n, work, heads, trains_tower)}
+            "update": gradients + update(s, n, work, heads, trains_tower, 2 if on_gpu else 1)}
 
 
 # ---- The machine and the wire --------------------------------------------------------------------

@@ -1,15 +1,19 @@
 """What each rank does in tests of several processes; imported by forked ones, so free of pytest."""
 
+import gc
 import os
+import re
 import resource
 import signal
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer, Qwen2VLImageProcessorPil  # noqa: F401 not in each rank
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -174,6 +178,68 @@ def a_loss_that_is_not_finite() -> tuple:
     train.visurf.sft_loss = good
     [(second, _)] = steps(run, 1)
     return first, second, before, after, whole(run)
+
+
+# ---- Memory ----------------------------------------------------------------------------------------
+
+
+def allocated(function) -> tuple[int, int]:
+    """Bytes that a call allocates on the CPU: at most at a time, and what is left behind it."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    total = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        total += event.nbytes()
+        peak = max(peak, total)
+    return peak, total
+
+
+def resident(key: str) -> int:
+    """Bytes of this process in the machine's memory: VmRSS now, VmHWM at most since the last reset."""
+    return 1024 * int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def a_group(work: memory.Work, seed: int) -> train.Group:
+    """A prompt with one image, and completions that are all as long as can be."""
+    side = round(work.patches**0.5)
+    ids = [192] + [190] * (work.patches // 4) + [193]
+    ids += [20] * (work.prompt_tokens - len(ids))
+    pixels = torch.zeros(work.patches, 3 * 2 * 4 * 4)
+    example = SimpleNamespace(ids=torch.tensor(ids), pixels=pixels, grid_thw=torch.tensor([[1, side, side]]))
+    completion = torch.full((work.completion_tokens,), 30)
+    members = work.group + 1
+    return train.Group(example, seed, [completion] * members, advantages=torch.ones(members, dtype=torch.float64))
+
+
+def memory_of_parts(path: str, work: tuple, directory: str, *flags) -> dict:
+    """Bytes allocated by the parts of a step, without a tokenizer; and what saving adds to the process."""
+    work = memory.Work(*work)
+    given = ["--model", path, "--checkpoint_activations", "--micro_batch_size", 1, *flags]
+    settings = evaluation.parse(train.Settings, list(map(str, given)), "train.py")
+    device = evaluation.start()
+    parts = []
+    _, always = allocated(lambda: parts.extend(train.load_network(settings, path, device)))
+    network, sampler = parts
+    # About half of all tokens, so that few are decoded: there is room for all of them anyway.
+    sampler.stop_tokens = [*range(0, network.config.text_config.vocab_size, 2)]
+    optimizer = torch.optim.AdamW(network.parameters(), settings.learning_rate, fused=True)
+    run = train.Run(settings, Path(directory), {}, None, [], None, device, network, sampler, optimizer)
+    groups = [a_group(work, seed) for seed in range(work.prompts)]
+
+    def roll():
+        with train.gathered(run) as whole_network:
+            model.generate(whole_network, [group.example for group in groups], work.group, work.completion_tokens)
+
+    # The first update makes the moments.
+    always += allocated(lambda: train.update(run, groups))[1]
+    measured = {"always": always, "rollouts": allocated(roll)[0],
+                "update": allocated(lambda: train.update(run, groups))[0]}
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    train.write_checkpoint(run, Path(directory) / "checkpoint-1")
+    return measured | {"saving": resident("VmHWM") - before}
 
 
 # ---- Whole runs ----------------------------------------------------------------------------------
