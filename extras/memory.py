@@ -195,9 +195,9 @@ def update(s: Sizes, n: Counts, work: Work, heads: int, tower_trained: bool, gat
 
 
 def plan(config, world: int, work: Work, dtype_bytes: int = 2, lora_rank: int = 0, frozen_tower: bool = False,
-         cpu_offload: bool = False, on_gpu: bool = True) -> dict[str, float]:
+         cpu_offload: bool = False, on_gpu: bool = True, counts: Counts | None = None) -> dict[str, float]:
     """Bytes on each of `world` GPUs: what is always there; what rollouts and update need above it."""
-    n = count(config, lora_rank, frozen_tower)
+    n = counts or count(config, lora_rank, frozen_tower)
     s = Sizes.of(config, dtype_bytes)
     heads = config.text_config.num_attention_heads
     # Weight and two moments in float32. LoRA's base stays in the type that it computes in.
@@ -232,3 +232,63 @@ def traffic(config, world: int, dtype_bytes: int = 2, pieces: int = 2, lora_rank
     once = n.root + (n.tower if lora_rank else 0)
     gathered = dtype_bytes * (n.whole + pieces * (2 * n.whole - once))
     return (gathered + 4 * pieces * n.trained) * (world - 1) / world
+
+
+# ---- Tables ----------------------------------------------------------------------------------------
+
+
+def work_of(name: str, world: int, completion_tokens: int = 512) -> Work:
+    """A rank's share of the batch, at 840x840 and with about 50 words of text."""
+    side = 52 if name.startswith("Qwen3-") else 60
+    return Work(PROMPTS // world, 8, side**2 // 4 + 50, side**2, completion_tokens)
+
+
+def peak(name: str, world: int, lora_rank: int, counts: Counts, max_completion_length=512, cpu_offload=False) -> float:
+    """GB that each GPU holds at most."""
+    part = plan(config_of(name), world, work_of(name, world, max_completion_length), 2, lora_rank,
+                cpu_offload=cpu_offload, counts=counts)
+    return (part["always"] + max(part["rollouts"], part["update"])) / 1e9
+
+
+def fit(name: str, lora_rank: int, counts: Counts, world: int, size: int) -> tuple[str, str]:
+    """What a cell says, and the command for it or "" where nothing fits."""
+    peaks = [peak(name, world, lora_rank, counts, **way) for way in WAYS]
+    launcher = "python" if world == 1 else f"torchrun --nproc_per_node {world}"
+    for gigabytes, way in zip(peaks, WAYS):
+        if gigabytes > ROOM * size:
+            continue
+        flags = f" --lora_rank {lora_rank}" if lora_rank else ""
+        for key, value in way.items():
+            flags += f" --{key}" if value is True else f" --{key} {value}"
+        short = ["offload"] * ("cpu_offload" in way) + ["256 tokens"] * ("max_completion_length" in way)
+        cell = f"{gigabytes:.0f} with {', '.join(short)}; else {peaks[0]:.0f}" if way else f"{gigabytes:.0f}"
+        return cell, f"{launcher} train.py --task grounding --model Qwen/{name}-Instruct{flags}"
+    return f"no: {peaks[0]:.0f}, offload {peaks[2]:.0f}", ""
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown, numbers on the right."""
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def page() -> str:
+    """All tables of docs/many_gpus.md, and a command for each row on the smallest machine that it fits on."""
+    gpus, commands, machines = [], [], []
+    for name in NETWORKS:
+        config = config_of(name)
+        for lora_rank, words in ((0, "all weights"), (LORA, "LoRA")):
+            counts = count(config, lora_rank)
+            cells = [fit(name, lora_rank, counts, *machine) for machine in MACHINES]
+            gpus.append([f"{name}, {words}", *(cell for cell, _ in cells)])
+            commands += [command for _, command in cells if command][:1]
+            numbers = [*host(config, lora_rank).values(), traffic(config, 8, lora_rank=lora_rank)]
+            machines.append([f"{name}, {words}", *(f"{number / 1e9:.1f}" for number in numbers)])
+    first = table(["GB on each GPU", *(f"{world} x {size} GB" for world, size in MACHINES)], gpus)
+    second = table(["GB of the machine", "page cache while loading", "while saving", "always, with `--cpu_offload`",
+                    "received by each of 8 GPUs in a step"], machines)
+    return f"{first}\n\n```bash\n" + "\n".join(commands) + f"\n```\n\n{second}"
+
+
+if __name__ == "__main__":
+    print(page())

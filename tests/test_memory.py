@@ -17,12 +17,12 @@ WORK = {"weights": (2, 2, 30, 64, 8), "completions": (2, 7, 60, 144, 96), "image
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A network with 8 million parameters, in bfloat16: enough to see them beside all else."""
+    """A network with 9 million parameters, in bfloat16: enough to see them beside all else."""
     text = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 4,
             "num_key_value_heads": 2, "vocab_size": 4000, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None,
             "rope_parameters": {"rope_type": "default", "mrope_section": [8, 12, 12], "rope_theta": 1e6}}
     vision = {"depth": 4, "embed_dim": 128, "num_heads": 2, "hidden_size": 256, "patch_size": 4}
-    config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **VISION)
+    config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **VISION)
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("network")
     transformers.AutoModelForImageTextToText.from_config(config).bfloat16().save_pretrained(path)
@@ -42,12 +42,25 @@ def test_formulas_agree_with_what_is_allocated(checkpoint, tmp_path, world, lora
     ranks = Ranks(world, tmp_path, "ranks:memory_of_parts", str(path), WORK[work], str(tmp_path),
                   "--lora_rank", lora_rank)
     planned = memory.plan(config, world, memory.Work(*WORK[work]), 4, lora_rank, on_gpu=False)
-    for measured in ranks.values():
-        saving = measured.pop("saving")
-        for part, size in measured.items():
-            print(f"{work}, {world} processes, LoRA {lora_rank}: {part} {planned[part] / 1e6:.1f} / {size / 1e6:.1f}")
-            assert planned[part] == pytest.approx(size, rel=0.25), part
-        # Adapters are too small to see. A CPU's tensors are not copied to pinned memory.
-        expected = (memory.host(config, lora_rank)["saving"] - 12 * memory.count(config).trained) / world
-        print(f"saving {expected / 1e6:.1f} / {saving / 1e6:.1f}")
-        assert lora_rank or saving == pytest.approx(expected, rel=0.25)
+    # A CPU's tensors are not copied to pinned memory, and adapters are too small to see.
+    pinned = 12 * memory.count(config, lora_rank).trained
+    if not lora_rank:
+        planned["saving"] = (memory.host(config)["saving"] - pinned) / world
+    found = ranks.values()
+    for part in planned:
+        # Of the ranks the least: gloo gives its own copies back when it gets to it.
+        measured = min(values[part] for values in found)
+        print(f"{part}: {planned[part] / 1e6:.1f} MB by the formula, {measured / 1e6:.1f} measured")
+        assert planned[part] == pytest.approx(measured, rel=0.25), part
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_shapes_have_as_many_parameters_as_published(name):
+    assert memory.count(memory.config_of(name)).whole / 1e9 == pytest.approx(PUBLISHED[name], abs=0.006)
+
+
+def test_the_document_shows_what_the_program_prints():
+    pytest.importorskip("peft")
+    text = (ROOT / "docs" / "many_gpus.md").read_text()
+    shown = text.partition("<!-- memory -->\n")[2].partition("\n<!-- /memory -->")[0]
+    assert shown == memory.page()
