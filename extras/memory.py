@@ -24,7 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import model
 
-# Of each GPU, the part that is planned with: formulas are off by up to a quarter, mostly above.
+# Of each GPU, the part that is planned with; formulas may be off by a quarter.
 ROOM = 0.85
 MACHINES = ((1, 24), (1, 80), (2, 24), (4, 80), (8, 80))      # GPUs, and GB of each
 PROMPTS = 16                                                  # --batch_size
@@ -88,6 +88,7 @@ def empty_network(config, dtype=torch.float32, lora_rank=0, frozen_tower=False) 
 def count(config, lora_rank=0, frozen_tower=False) -> Counts:
     """The parameters of a network, all and trained ones."""
     def numbers(module):
+        """All parameters of a module, and those that are trained."""
         weights = [*module.parameters()]
         return sum(w.numel() for w in weights), sum(w.numel() for w in weights if w.requires_grad)
 
@@ -122,7 +123,7 @@ class Sizes(NamedTuple):
     D: int
     V: int
     L: int
-    I: int  # noqa: E741 as in model.py's table of shapes
+    I: int  # noqa: E741 short, as the others
     q: int
     kv: int
     width: int
@@ -133,6 +134,7 @@ class Sizes(NamedTuple):
 
     @classmethod
     def of(cls, config, c):
+        """The widths in a config, whose families name them differently."""
         text, vision = config.text_config, config.vision_config
         head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         width = getattr(vision, "embed_dim", vision.hidden_size)
@@ -166,7 +168,7 @@ def vision(s: Sizes, patches: int, trained=False) -> float:
     return patches * (3 * s.c * s.width + max(3 * s.c * s.inner, turned * s.width))
 
 
-def update(s: Sizes, n: Counts, work: Work, heads: int, tower_trained: bool, gathered: int) -> float:
+def update(s: Sizes, n: Counts, work: Work, tower_trained: bool, gathered: int) -> float:
     """Bytes that a micro-batch needs above weights and gradients that are kept, with --checkpoint_activations."""
     members = work.micro_batch * (work.group + 1)
     patches = work.micro_batch * work.patches
@@ -204,10 +206,12 @@ def plan(config, world: int, work: Work, dtype_bytes: int = 2, lora_rank: int = 
     frozen = (dtype_bytes if lora_rank else 4) * (n.whole - n.trained)
     always = 0 if cpu_offload else (12 * n.trained + frozen) / world
     gradients = 0 if cpu_offload else 4 * n.trained / world
-    # Gathered are the root and a block, and on a GPU already the one after it.
     trains_tower = not (lora_rank or frozen_tower)
-    return {"always": always, "rollouts": rollouts(s, n, work, heads),
-            "update": gradients + update(s, n, work, heads, trains_tower, 2 if on_gpu else 1)}
+    # Gathered for the update are the root and a block, and on a GPU already the one after it. For rollouts,
+    # the last block is still there as it was received; and gloo, on a CPU, keeps its own copy of it for a while.
+    received = 0 if world == 1 else s.c * n.block * (1 if on_gpu else 2)
+    return {"always": always, "rollouts": received + rollouts(s, n, work, heads),
+            "update": gradients + update(s, n, work, trains_tower, 2 if on_gpu else 1)}
 
 
 # ---- The machine and the wire --------------------------------------------------------------------

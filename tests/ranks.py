@@ -1,5 +1,6 @@
 """What each rank does in tests of several processes; imported by forked ones, so free of pytest."""
 
+import ctypes
 import gc
 import os
 import re
@@ -188,6 +189,9 @@ def allocated(function) -> tuple[int, int]:
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
+        # By then gloo has given back its copies of what was exchanged.
+        dist.barrier()
+        gc.collect()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     total = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -236,6 +240,8 @@ def memory_of_parts(path: str, work: tuple, directory: str, *flags) -> dict:
     always += allocated(lambda: train.update(run, groups))[1]
     measured = {"always": always, "rollouts": allocated(roll)[0],
                 "update": allocated(lambda: train.update(run, groups))[0]}
+    # What was freed goes back to the machine: otherwise saving would fill that first.
+    ctypes.CDLL(None).malloc_trim(0)
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     train.write_checkpoint(run, Path(directory) / "checkpoint-1")

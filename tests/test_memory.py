@@ -48,7 +48,7 @@ def test_formulas_agree_with_what_is_allocated(checkpoint, tmp_path, world, lora
         planned["saving"] = (memory.host(config)["saving"] - pinned) / world
     found = ranks.values()
     for part in planned:
-        # Of the ranks the least: gloo gives its own copies back when it gets to it.
+        # Of the ranks the least: gloo gives its copies back when it gets to it, sometimes several later.
         measured = min(values[part] for values in found)
         print(f"{part}: {planned[part] / 1e6:.1f} MB by the formula, {measured / 1e6:.1f} measured")
         assert planned[part] == pytest.approx(measured, rel=0.25), part
