@@ -3,7 +3,7 @@
     python extras/memory.py
 
 Counted is what grows with the network or with the batch, from the shapes alone. tests/test_memory.py
-compares `plan` with what processes on a CPU allocate, `host` with what a checkpoint takes, and
+compares `plan` with what processes on a CPU allocate and `host` with what saving takes there, and
 tests/test_distributed.py `traffic` with what two processes exchange. No GPU was measured: CUDA itself,
 NCCL, kernels' workspaces and pieces of free memory come on top, for which ROOM leaves a part of each GPU.
 
