@@ -284,9 +284,8 @@ class Completion(NamedTuple):
 def generate(network, prompts, num_generations=1, max_new_tokens=256, temperature=1.0, seeds=None,
              cuda_graph=True):
     """Sample num_generations Completions of each prompt; temperature 0 is greedy decoding.
-
-    seeds: an integer below 2**32 for each prompt (default 0, 1, ...) that decides all random
-    numbers of its rollouts, whatever else is in the batch. cuda_graph changes only the time.
+    seeds: an integer below 2**32 for each prompt (default 0, 1, ...) decides all random numbers
+    of its rollouts, whatever else is in the batch. cuda_graph changes only the time.
     """
     if not prompts:
         return []
@@ -323,7 +322,7 @@ def generate(network, prompts, num_generations=1, max_new_tokens=256, temperatur
     ids = torch.stack(ids, dim=1).cpu()  # (R, length)
     logprobs = torch.stack(logprobs, dim=1).cpu()
     if not logprobs.isfinite().all():
-        raise CheckpointError("log-probs are not finite: damaged weights, or too high a rate")
+        raise CheckpointError("log-probs are not finite: damaged weights, or high --learning_rate")
     ended = torch.isin(ids, stop.cpu())
     groups = [[] for _ in prompts]
     for r, finished in enumerate(ended.any(dim=1).tolist()):
@@ -550,8 +549,6 @@ def save_pretrained(network, directory, source, dtype=torch.bfloat16):
     for name, weight in network.vlm.named_parameters():
         if not has_adapters or "lora_" in name:
             state[name] = weight.detach().to("cpu", dtype, copy=True)
-            if not state[name].isfinite().all():
-                raise CheckpointError(f"weights are not finite: {name}; lower the learning rate")
     network.vlm.save_pretrained(directory, state_dict=state)
     for name, content in files.items():
         # config.json, too: transformers 4 cannot read the one that transformers 5 has written.

@@ -29,7 +29,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch.distributed import fsdp
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import data
@@ -430,6 +430,8 @@ def save(run):
 def write_checkpoint(run, directory):
     """Write a Hugging Face checkpoint and the training state, to the disk and not to a cache."""
     with gathered(run) as network:
+        # An error if it cannot speak any more: such weights must not replace better ones.
+        model.generate(network, [run.filler.example], 1, 1)
         on_first_rank(shutil.rmtree, directory, True)
         on_first_rank(model.save_pretrained, network, directory, run.source)
     writer = dcp.HuggingFaceStorageWriter(str(directory / STATE), save_distributed=True)
@@ -443,9 +445,11 @@ def write_checkpoint(run, directory):
 
 def tensors(run):
     """Training state by name: weights, and AdamW's moments and step counts."""
-    options = StateDictOptions(ignore_frozen_params=run.settings.lora_rank > 0)
-    weights, moments = get_state_dict(run.network, run.optimizer, options=options)
-    return {"weight": weights, "moments": moments["state"]}
+    found = {"moments": get_optimizer_state_dict(run.network, run.optimizer)["state"]}
+    for name, weight in run.network.named_parameters():
+        if weight.requires_grad or not run.settings.lora_rank:
+            found[f"weight/{name}"] = weight.detach()
+    return found
 
 def sizes(paths):
     """The bytes of files, by name."""
@@ -462,9 +466,8 @@ def own_checkpoints(directory):
 
 def compare_with_before(directory, config):
     """UserError if the directory holds another run, as --resume cannot change these settings."""
-    if not (directory / "config.json").exists():
-        return
-    before = model.read_json(directory / "config.json")
+    path = directory / "config.json"
+    before = model.read_json(path) if path.exists() else config
     for name in ("task", "method", "model", "seed", "batch_size", "lora_rank",
                  "freeze_vision_tower", "samples"):
         require(before.get(name) == config[name], f"{directory} holds a run with another {name}: "
@@ -519,9 +522,8 @@ def log_step(run, values, records):
     # JSON has no NaN.
     values = {name: value if np.isfinite(value) else None for name, value in values.items()}
     append(run, "metrics.jsonl", values | {"style": visurf.preferred_style(run.votes)})
-    if run.step % 10 == 1:                             # steps 1, 11, 21, ...
-        for record in records[:1]:
-            print(f"    {record['texts'][0]!r} earns {record['rewards'][0]}")
+    if run.step % 10 == 1 and records:                 # steps 1, 11, 21, ...
+        print(f"    {records[0]['texts'][0]!r} earns {records[0]['rewards'][0]}")
         for record in records:
             append(run, "completions.jsonl", record)
 
