@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
@@ -173,7 +174,7 @@ def measure_objects(predicted, label, size):
     union = (mask | true_mask).sum()
     scores = {"intersection": intersection, "union": union}
     if not label:
-        # Only [] is right where there is nothing: N-Acc is the share of those samples.
+        # Only [] is right where there is nothing. N-Acc is how often it is answered there.
         names = ("accuracy", "one_to_one", "gIoU", "N-Acc", "anomaly_acc")
         return scores | dict.fromkeys(names, predicted == [])
     scores["gIoU"] = intersection / max(union, 1)
@@ -282,7 +283,7 @@ def run_program(program, function, *args):
         sys.exit(1)
     finally:
         held_locks.close()
-        # Python 3.11 crashes at exit if a thread of gloo is waiting for its lock.
+        # Python 3.11 crashes at exit if a thread of gloo is waiting for the interpreter's lock.
         time.sleep(0.1)
 
 def complain(program, error):
@@ -350,7 +351,7 @@ def on_first_rank(function, *args):
     if is_first():
         try:
             outcome = [function(*args)]
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             outcome = [error]
     [outcome] = gather(outcome)
     if isinstance(outcome, Exception):
