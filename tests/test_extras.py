@@ -1,4 +1,5 @@
-"""extras/: the report shows what files say and no text of a model gets out of its box; SAM 2 masks; converted data."""
+"""extras/: the report shows what files say and no text of a model gets out of its box; SAM 2 masks; converted data;
+the benchmark's count of operations."""
 
 import base64
 import doctest
@@ -19,6 +20,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
+import bench
 import data
 import eval as evaluation
 import model
@@ -445,6 +447,47 @@ def test_it_runs_as_a_program(tmp_path):
         path.unlink()
     done = subprocess.run([sys.executable, ROOT / "extras" / "report.py", directory], capture_output=True, text=True)
     assert done.returncode == 0 and (directory / "report.html").exists(), done.stderr
+
+
+# ---- The benchmark's count of operations ----------------------------------------------------------------------------
+
+
+def attention_work(query, key, value, dropout=0.0, causal=False, **_) -> float:
+    """Of PyTorch's attention on a CPU, which its own counter does not know: half counts under a causal mask."""
+    *rows, size = query
+    return 4 * math.prod(rows) * key[-2] * size / (2 if causal else 1)
+
+
+def counted_work(network, prompt, completions) -> float:
+    """Operations of an update, as PyTorch counts them while it runs."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    aten = torch.ops.aten
+    mapping = {aten._scaled_dot_product_flash_attention_for_cpu: attention_work,
+               aten._scaled_dot_product_flash_attention_for_cpu_backward:
+                   lambda gradient, q, k, v, out, lse, *more, **_: 2 * attention_work(q, k, v, *more),
+               aten.addmm_: lambda total, a, b, **_: 2 * math.prod(a) * b[1]}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        bench.our_loss(network, prompt, completions)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("trained", ["all weights", "all but the tower", "LoRA"])
+@pytest.mark.parametrize("family", ["Qwen2-VL", "Qwen2.5-VL"])
+def test_the_computed_work_of_an_update_is_what_pytorch_counts(family, trained):
+    """Windows, recomputation, gradients of weights and inputs: all that decides the table in docs/speed.md."""
+    config, _ = bench.family_configs()[family]
+    network = bench.random_network(config)
+    if trained == "LoRA":
+        pytest.importorskip("peft")
+        model.add_adapters(network, "", 8, "base")
+    network.vlm.model.visual.requires_grad_(trained == "all weights")
+    bench.compute_activations_twice(network)
+    [prompt] = bench.make_prompts(1, 280)                            # 20 patches: windows of 8, 8 and 4
+    work = bench.update_work(network, len(prompt.ids), 20, 5, 16)
+    counted = counted_work(network, prompt, bench.random_completions(5, 16))
+    assert sum(map(sum, work.values())) == pytest.approx(counted, rel=0.01)
+    assert (work["tower"].backward > 0) == (trained == "all weights")
 
 
 # ---- SAM 2 ----------------------------------------------------------------------------------------------------------
