@@ -667,7 +667,7 @@ def check_frozen(network, prompt, completions):
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(gradients[False], gradients[True]))
 
 
-def print_work(side: int, N: int, T: int, words: int = 29):
+def print_work(side: int, N: int, T: int, words: int = 30):
     """The computed table: TFLOP of a group's update, for all weights, a frozen tower and LoRA adapters."""
     tokens = (side // 28) ** 2
     print(f"\nComputed, not measured: TFLOP of the update of a group of {N} × {T}, {tokens} image tokens and {words} "
