@@ -389,6 +389,8 @@ def load_network(settings, source, device):
     if settings.checkpoint_activations:
         # transformers recomputes activations only in training mode.
         network.vlm.activation_checkpointing_enable({"use_reentrant": False})
+        # Else patches ask for a gradient, and a frozen tower runs again and backward for it.
+        network.vlm.disable_input_require_grads()
         network.train()
     return network, sampler
 

@@ -273,6 +273,22 @@ def test_a_frozen_tower_is_not_trained():
     assert set(state) == set(rest)
 
 
+@pytest.mark.parametrize("flags", [["--freeze_vision_tower"], LORA])
+def test_a_frozen_tower_has_no_backward_pass_and_is_not_run_again(flags):
+    """With --checkpoint_activations, transformers lets embeddings and patches ask for a gradient."""
+    run_ = make_run("--checkpoint_activations", *flags)
+    seen = []
+    for block in run_.network.vlm.model.visual.blocks:
+        block.attn.register_forward_hook(lambda *inputs_and_output: seen.append(inputs_and_output[-1].requires_grad))
+    groups, _ = train.encode_share(run_, range(2))
+    for group in groups:
+        train.append_label(run_, group)
+        group.advantages = torch.ones(1)
+    train.loss_of(run_, groups, 1.0).backward()
+    assert seen == [False] * len(run_.network.vlm.model.visual.blocks)
+    assert any(weight.grad is not None for weight in run_.network.parameters())
+
+
 def test_a_run_with_a_frozen_tower_resumes(tmp_path):
     flags = "--freeze_vision_tower", "--learning_rate", "1e-2"
     whole = run(tmp_path, "--max_steps", 3, *flags, name="whole")
