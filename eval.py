@@ -263,8 +263,7 @@ received_signals = []
 
 def run_program(program, function, *args):
     """Call function(*args). A user's mistake is one line and exit code 2; our own bugs raise."""
-    # A terminal may lack characters that a model writes.
-    sys.stdout.reconfigure(errors="replace")
+    sys.stdout.reconfigure(errors="replace")     # a terminal may lack what a model writes
     try:
         # Under torchrun, a failure is recorded, and all other processes are ended.
         record(function)(*args)

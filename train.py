@@ -387,11 +387,10 @@ def load_network(settings, source, device):
     if not (settings.lora_rank and on_gpu):
         network.float()
     if settings.checkpoint_activations:
-        # transformers recomputes activations only in training mode.
         network.vlm.activation_checkpointing_enable({"use_reentrant": False})
         # Else patches ask for a gradient, and a frozen tower runs again and backward for it.
         network.vlm.disable_input_require_grads()
-        network.train()
+        network.train()     # else transformers recomputes nothing
     return network, sampler
 
 @contextmanager
