@@ -148,7 +148,7 @@ def open_rows(path, split):
             if named == [split]:
                 files.append(str(file))
         require(files, "no Parquet file whose path below it names this split alone")
-        # Arrow's format leaves images encoded: a damaged one stops nothing before its turn.
+        # Whatever is given counts as "train". Arrow's format leaves images encoded till their turn.
         return load_dataset("parquet", data_files=files, split="train").with_format("arrow")
     except Exception as error:           # damaged files make it raise nearly anything
         raise DataError(f"{path}: no readable {split} data ({error!r:.300}); give JSON lines "
@@ -233,8 +233,8 @@ def check_object(found, frame):
     point = np.asarray(found.get("point_2d", cut.mean(axis=0)))
     valid = (cut[0] < cut[1]) & (corners[0] <= point) & (point <= corners[1])
     valid &= abs(corners - cut).max(axis=0) <= 0.02 * np.array(frame)
-    is_share = corners.max() <= 1 < max(frame)
-    require(valid.all() and not is_share, f"no box with its point in {frame[0]} x {frame[1]}; of "
+    normalised = corners.max() <= 1 < max(frame)
+    require(valid.all() and not normalised, f"no box with its point in {frame[0]} x {frame[1]}; "
             f'another size or 0 to 1000 (add "frame"), x, y, width, height, before EXIF? {found}')
     found["bbox_2d"] = cut.ravel().tolist()
     found["point_2d"] = point.clip(0, frame).tolist()
@@ -348,7 +348,7 @@ class Processor:
         text = self.task.prompt.format(question=sample.question, width=frame[0], height=frame[1])
         turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
         chat = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        # Templates of thinking models open the thought, but ours is the model's to write.
+        # Templates of thinking models write <think> themselves; here the model earns it.
         prompt = re.sub(r"<think>\s*$", "", chat)
         require(prompt.count("<|image_pad|>") == 1, "its chat template does not show one image")
         # The template writes one <|image_pad|>; the network takes one for each image token.
@@ -375,7 +375,7 @@ def fetch(name, kind="model"):
     """The folder of a "model" or a "dataset": a local path as it is, or a repository on the hub."""
     if Path(name).exists():
         return Path(name)
-    # Only what has the shape of a hub id is asked for there: most mistyped paths end at once.
+    # Only what has the shape of a hub id is asked for there: most mistyped paths fail at once.
     is_hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+(?<!\.jsonl)(?<!\.parquet)", str(name))
     require(is_hub_id, f"{name}: no such file or folder, nor owner/name as on the Hugging Face hub")
     try:

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
@@ -173,7 +174,7 @@ def measure_objects(predicted, label, size):
     union = (mask | true_mask).sum()
     scores = {"intersection": intersection, "union": union}
     if not label:
-        # Only [] is right where there is nothing: N-Acc is the share of those samples.
+        # Only [] is right where there is nothing. N-Acc is how often it is answered there.
         names = ("accuracy", "one_to_one", "gIoU", "N-Acc", "anomaly_acc")
         return scores | dict.fromkeys(names, predicted == [])
     scores["gIoU"] = intersection / max(union, 1)
@@ -262,8 +263,7 @@ received_signals = []
 
 def run_program(program, function, *args):
     """Call function(*args). A user's mistake is one line and exit code 2; our own bugs raise."""
-    # A terminal may lack characters that a model writes.
-    sys.stdout.reconfigure(errors="replace")
+    sys.stdout.reconfigure(errors="replace")     # a terminal may lack what a model writes
     try:
         # Under torchrun, a failure is recorded, and all other processes are ended.
         record(function)(*args)
@@ -282,7 +282,7 @@ def run_program(program, function, *args):
         sys.exit(1)
     finally:
         held_locks.close()
-        # Python 3.11 crashes at exit if a thread of gloo is waiting for its lock.
+        # Python 3.11 crashes at exit if a thread of gloo is waiting for the interpreter's lock.
         time.sleep(0.1)
 
 def complain(program, error):
@@ -350,7 +350,7 @@ def on_first_rank(function, *args):
     if is_first():
         try:
             outcome = [function(*args)]
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             outcome = [error]
     [outcome] = gather(outcome)
     if isinstance(outcome, Exception):

@@ -167,9 +167,7 @@ class GroupAttention:
 
     def __call__(self, layer, q, k, v):
         """q (H, S, E), k and v (K, S, E) of all tokens -> their outputs (S, H, E)."""
-        prompt_q = self.prompts(q)  # (B, H, P, E)
-        prompt_k = self.prompts(k)
-        prompt_v = self.prompts(v)
+        prompt_q, prompt_k, prompt_v = map(self.prompts, (q, k, v))  # (B, H or K, P, E)
         if self.store is not None:
             self.store(layer, prompt_k, prompt_v)
         output = F.scaled_dot_product_attention(prompt_q, prompt_k, prompt_v, is_causal=True,
@@ -284,9 +282,8 @@ class Completion(NamedTuple):
 def generate(network, prompts, num_generations=1, max_new_tokens=256, temperature=1.0, seeds=None,
              cuda_graph=True):
     """Sample num_generations Completions of each prompt; temperature 0 is greedy decoding.
-
-    seeds: an integer below 2**32 for each prompt (default 0, 1, ...) that decides all random
-    numbers of its rollouts, whatever else is in the batch. cuda_graph changes only the time.
+    seeds: an integer below 2**32 for each prompt (default 0, 1, ...) decides all random numbers
+    of its rollouts, whatever else is in the batch. cuda_graph changes only the time.
     """
     if not prompts:
         return []
@@ -323,7 +320,7 @@ def generate(network, prompts, num_generations=1, max_new_tokens=256, temperatur
     ids = torch.stack(ids, dim=1).cpu()  # (R, length)
     logprobs = torch.stack(logprobs, dim=1).cpu()
     if not logprobs.isfinite().all():
-        raise CheckpointError("log-probs are not finite: damaged weights, or too high a rate")
+        raise CheckpointError("log-probs are not finite: damaged weights, or high --learning_rate")
     ended = torch.isin(ids, stop.cpu())
     groups = [[] for _ in prompts]
     for r, finished in enumerate(ended.any(dim=1).tolist()):
@@ -404,8 +401,7 @@ class Decoder:
 
     def capture(self):
         """Record `decode` as a graph, in which it writes to self.hidden."""
-        # Once before: at first use, libraries allocate what cannot be recorded.
-        self.decode()
+        self.decode()  # at first use, libraries allocate what cannot be recorded
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.hidden = self.decode()  # recorded, not computed
@@ -421,11 +417,9 @@ class Decoder:
         """One token of each row: q (H, R, E), k and v (K, R, E) -> outputs (R, H, E)."""
         K, R, E = k.shape
         g = len(q) // K
-        keys, values = self.rows[layer]
-        keys.index_copy_(1, self.slot, k.reshape(K * R, 1, E))
-        values.index_copy_(1, self.slot, v.reshape(K * R, 1, E))
-        keys = keys[:, : self.window]
-        values = values[:, : self.window]
+        own = torch.stack([k, v]).view(2, K * R, 1, E)
+        cache = self.rows[layer].index_copy_(2, self.slot, own)  # (2, K*R, max_tokens, E)
+        keys, values = cache[:, :, : self.window]
         prompt_keys, prompt_values = self.prompts[layer]
         # In the order (K, B, N, g), the N*g queries of a prompt read its keys in one product.
         q = (q * E**-0.5).view(K, g, R, E).transpose(1, 2).reshape(K * R, g, E)
@@ -434,9 +428,9 @@ class Decoder:
         scores = torch.cat([on_prompt, on_own], dim=-1)
         mask = self.mask[..., : self.P + self.window]
         weights = (scores + mask).softmax(dim=-1).to(q.dtype)
-        on_prompt, on_own = weights.split([self.P, self.window], dim=-1)
-        output = torch.bmm(on_prompt, prompt_values).view(K * R, g, E)
-        output = output.baddbmm(on_own.reshape(K * R, g, -1), values)
+        for_prompt, for_own = weights.split([self.P, self.window], dim=-1)
+        output = torch.bmm(for_prompt, prompt_values).view(K * R, g, E)
+        output = output.baddbmm(for_own.reshape(K * R, g, -1), values)
         return output.view(K, R, g, E).transpose(0, 1).reshape(R, K * g, E)
 
 # ---- Files -------------------------------------------------------------------------------------
@@ -444,7 +438,7 @@ def load_pretrained(path, dtype=torch.float32, device="cpu"):
     """A GroupPolicy of a checkpoint directory, in `dtype` ("auto": its own), or CheckpointError."""
     check_checkpoint(path)
     transformers.logging.disable_progress_bar()
-    transformers.logging.set_verbosity_error()  # not a table of names from a foreign file
+    transformers.logging.set_verbosity_error()  # no table of missing tensors: we name one
     try:
         vlm, report = transformers.AutoModelForImageTextToText.from_pretrained(
             path, dtype=dtype, attn_implementation=ATTENTION, use_safetensors=True,
@@ -485,6 +479,7 @@ def add_adapters(network, folder, rank=None, base=None):
     try:
         import peft
         if find_base(folder) == folder:
+            # It has none. The name is what peft writes, and find_base reads.
             vlm.name_or_path = str(base)
             vlm.add_adapter(peft.LoraConfig(r=rank, lora_alpha=2 * rank,
                                             target_modules=r".*language_model.*_proj"))
@@ -512,7 +507,7 @@ def find_special_tokens(network, path):
         # Embeddings have more rows than there are words: 151,936 for 151,657 in Qwen2-VL.
         network.forbidden_tokens += range(max(words.values()) + 1, size)
         # Merged checkpoints may name <|endoftext|> alone, which no answer ends with.
-        network.stop_tokens = sorted({*network.stop_tokens, words["<|im_end|>"]}, key=str)
+        network.stop_tokens = list({*network.stop_tokens, words["<|im_end|>"]})
     wrong = {*network.stop_tokens, *network.forbidden_tokens} - set(range(size))
     if wrong:
         raise ValueError(f"its JSON files name tokens that are no numbers below {size}: {wrong}")
@@ -537,8 +532,8 @@ def read_files(path):
     return files
 
 def save_pretrained(network, directory, source, dtype=torch.bfloat16):
-    """Write a Hugging Face checkpoint with the other files of `source`, a path or a dict; of a
-    network with LoRA adapters, these alone, in float32, as peft lays them out.
+    """Write a Hugging Face checkpoint, and the other files of `source`, a path or a dict.
+    If there are LoRA adapters, only they are written, in float32, as peft lays them out.
     """
     directory = Path(directory)
     files = source if isinstance(source, dict) else read_files(source)
@@ -550,8 +545,6 @@ def save_pretrained(network, directory, source, dtype=torch.bfloat16):
     for name, weight in network.vlm.named_parameters():
         if not has_adapters or "lora_" in name:
             state[name] = weight.detach().to("cpu", dtype, copy=True)
-            if not state[name].isfinite().all():
-                raise CheckpointError(f"weights are not finite: {name}; lower the learning rate")
     network.vlm.save_pretrained(directory, state_dict=state)
     for name, content in files.items():
         # config.json, too: transformers 4 cannot read the one that transformers 5 has written.

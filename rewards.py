@@ -20,14 +20,14 @@ from string import ascii_uppercase
 
 import numpy as np
 
-SENTENCE = re.compile(r"(?:[^.!?\n。！？]|(?<=\d)\.(?=\d))+")    # but not the dot in 0.5
+SENTENCE = re.compile(r"(?:[^.!?\n。！？]|(?<=\d)\.(?=\d))+")    # a dot in 0.5 ends none
 # Math-verify knows neither full-width characters nor the root sign.
 CHARACTERS = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {ord("√"): r"\sqrt "}
 # Math-verify reads words as products (dog = god), 1 1/2 as 1, and is slow on long texts.
 NO_FORMULA = re.compile(r"(?s)^[a-zA-Z ]{3,}$|\d\s+\d|.{201}")
 
 def score(completion, label, kind="objects", frame=(840, 840), choices=(), **thresholds):
-    """A completion's rewards, a dict: those components above that its kind of answer has.
+    """A completion's rewards, a dict of those components above that its kind of answer has.
 
     label: text, or objects with "bbox_2d" and "point_2d", from 0 to frame (width, height).
     kind: "count", "math", or else objects. thresholds: see accuracy_score, in pixels of 840 x 840.
@@ -48,7 +48,7 @@ def score(completion, label, kind="objects", frame=(840, 840), choices=(), **thr
 
 def split_completion(completion):
     """The prose before the last `<answer>` outside thinking, and the answer, None if not closed."""
-    # Thinking becomes NULs: no answer starts in it, and an answer around it is no valid JSON.
+    # Thinking becomes as many NULs: no answer starts in it, and one around it is no valid JSON.
     visible = re.sub(r"(?s)<think>.*?(?:</think>|\Z)", lambda t: "\0" * len(t[0]), completion)
     prose, opened, rest = visible.rpartition("<answer>")
     if not opened:
@@ -160,7 +160,7 @@ def match(gains):
         column = bidders.pop()
         net = worth[:, column] - prices
         second, best = np.argsort(net)[-2:]
-        # A bid tops the second best by a little: all m together lose less than 1, so nothing.
+        # By a little more than it takes: all m lose less than 1, which whole gains cannot be off.
         prices[best] += net[best] - net[second] + 1 / (m + 1)
         if owners[best] >= 0:
             bidders.append(owners[best])
@@ -170,7 +170,7 @@ def match(gains):
     return list(zip(rows.tolist(), owners[rows].tolist()))
 
 def same_answer(predicted, label, choices=()):
-    """Whether answers are one choice or text, or equal for math-verify; ImportError without it."""
+    """Whether two answers are the same choice or text, or equal by math-verify's judgement."""
     gold = meaning(label, choices)
     answer = meaning(predicted, choices)
     if gold.casefold() == answer.casefold():
@@ -179,8 +179,8 @@ def same_answer(predicted, label, choices=()):
         return False
     # Before the fork, once: what sympy loads at first use takes longer than most pairs do.
     equal_formulas("x(x+1)", "x^2+x")
-    # A child judges. After half a second of CPU time the kernel kills it, even within a long call
-    # of C, as 9^{9^{9^9}} is to gmpy2, and the pair counts as not equal.
+    # A child judges. After half a second of CPU time the kernel kills it, even inside a long C
+    # call, such as gmpy2's on 9^{9^{9^9}}, and the pair counts as not equal.
     child = os.fork()
     if child == 0:
         try:

@@ -29,7 +29,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch.distributed import fsdp
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import data
@@ -37,9 +37,9 @@ import model
 import rewards
 import visurf
 from data import UserError, require
-from eval import (Common, claim, evaluate, flag, gather, is_first, leave_if_asked, metrics,
-                  my_share, note_signals, on_first_rank, parse, run_program, start, world,
-                  write_text)
+from eval import (Common, claim, evaluate, flag, format_table, gather, is_first, leave_if_asked,
+                  metrics, my_share, note_signals, on_first_rank, parse, run_program, start,
+                  world, write_text)
 
 @dataclass
 class Settings(Common):
@@ -72,7 +72,7 @@ class Run:
     """All that a run carries from step to step."""
     settings: Settings
     directory: Path
-    source: Path | dict                # the configs and tokenizer that each checkpoint gets
+    files: dict                        # that its checkpoints get: configs, tokenizer, licence
     processor: data.Processor
     samples: list[data.Sample]
     filler: "Group"                    # computed by a rank that has no work left
@@ -88,7 +88,7 @@ class Run:
     writer: object = None              # for TensorBoard, on the first rank
 
 STATE = "training_state"               # of a checkpoint: a folder of tensors, and a JSON file
-# torch.distributed.checkpoint warns so at every save of a single process.
+# torch.distributed.checkpoint says this whenever a single process saves.
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
 def main(argv=None):
@@ -126,8 +126,9 @@ def train(settings):
     on_first_rank(write_text, directory / "config.json", json.dumps(config, indent=2))
     resume(run)
     on_first_rank(print, f"{settings.method} on {len(samples)} samples, {world()[1]} x {device}")
-    # With rollouts. A score's keys are the rewards' names.
-    on_first_rank(print, "Loss near 0 is fine. Rewards:", *processor.score("", filler.example))
+    if settings.method != "sft":
+        # Advantages cancel, and so does the loss. A score's keys are the rewards' names.
+        on_first_rank(print, "Loss near 0 is fine. Rewards:", *processor.score("", filler.example))
     loop(run)
 
 def loop(run):
@@ -172,10 +173,9 @@ def evaluate_if_due(run):
         require(settings.skip_bad_rows, f"{problem}; see --skip_bad_rows")
     values = metrics(results, run.processor.task)
     on_first_rank(append, run, "evaluations.jsonl", values)
-    line = f"after step {run.step}:"
-    for name in run.processor.task.metrics:
-        line += f" {name} {np.float64(values[name]):.3f}"
-    on_first_rank(print, line)
+    # Names and values in turn; the task's own metrics come first.
+    shown = format_table(values).split()[: 2 * len(run.processor.task.metrics)]
+    on_first_rank(print, f"after step {run.step}:", *shown)
     run.evaluated = run.step
 
 # ---- A step ------------------------------------------------------------------------------------
@@ -299,12 +299,13 @@ def update(run, groups):
         loss = loss_of(run, micro_batch, total)
         loss.backward()
         loss_sum += loss.item()
+    # A mean over ranks, as `total` is: see plan.
     mean_loss = sum(gather([loss_sum])) / dist.get_world_size()
     norm = 0.0
     if micro_batches:
         norm = torch.nn.utils.clip_grad_norm_(run.network.parameters(), max_norm=1.0)
         norm = norm.full_tensor().item()
-    # All ranks see the same sums, so they agree.
+    # All ranks see the same sums, so they agree. Without a gradient, a step changes nothing.
     if total > 0 and np.isfinite(norm) and np.isfinite(mean_loss):
         run.optimizer.step()
         run.skipped = 0
@@ -346,13 +347,12 @@ def loss_of(run, micro_batch, total):
 
 # ---- The network, sharded ----------------------------------------------------------------------
 def load_network(settings, source, device):
-    """The network, each of W ranks holding 1/W of it in float32; and its sampler: see gathered."""
+    """The network, 1/W of it on each of W ranks; and its sampler, see gathered."""
     base = data.fetch(model.find_base(source))
     network = model.load_pretrained(base, dtype="auto")
     network.vlm.model.visual.requires_grad_(not settings.freeze_vision_tower)
     if settings.lora_rank:
-        # All ranks draw the same ones.
-        torch.manual_seed(settings.seed)
+        torch.manual_seed(settings.seed)        # new adapters are the same on all ranks
         model.add_adapters(network, source, settings.lora_rank, settings.model)
     # deepcopy takes what memo has: the sampler shares the buffers, and its weights are empty.
     memo = {}
@@ -365,8 +365,10 @@ def load_network(settings, source, device):
     if on_gpu:
         needed = 0
         for weight in network.parameters():
-            # Bytes: 2 to sample; and shared by the ranks, its own, its gradient's and AdamW's.
-            kept = 16 if weight.requires_grad else 4
+            # Bytes: 2 to sample, on each rank; and sharded, 4 for itself or frozen in bfloat16 2,
+            # and if it is trained 4 for its gradient and 8 for AdamW's moments.
+            frozen = 2 if settings.lora_rank else 4
+            kept = 16 if weight.requires_grad else frozen
             share = 0 if settings.cpu_offload else kept / dist.get_world_size()
             needed += (2 + share) * weight.numel()
         available = torch.cuda.get_device_properties(device).total_memory
@@ -381,13 +383,14 @@ def load_network(settings, source, device):
     blocks = [m for m in network.modules() if isinstance(m, GradientCheckpointingLayer)]
     for module in [*blocks, network]:
         fsdp.fully_shard(module, mp_policy=policy, offload_policy=offload)
+    # Not before: whole float32 weights need not fit on a rank. What LoRA freezes stays bfloat16.
     if not (settings.lora_rank and on_gpu):
-        # Only now, after sharding: whole float32 weights need not fit on a rank.
         network.float()
     if settings.checkpoint_activations:
-        # transformers recomputes activations only in training mode.
         network.vlm.activation_checkpointing_enable({"use_reentrant": False})
-        network.train()
+        # Else patches ask for a gradient, and a frozen tower runs again and backward for it.
+        network.vlm.disable_input_require_grads()
+        network.train()     # else transformers recomputes nothing
     return network, sampler
 
 @contextmanager
@@ -430,8 +433,10 @@ def save(run):
 def write_checkpoint(run, directory):
     """Write a Hugging Face checkpoint and the training state, to the disk and not to a cache."""
     with gathered(run) as network:
+        # An error if it cannot speak any more: such weights must not replace better ones.
+        model.generate(network, [run.filler.example], 1, 1)
         on_first_rank(shutil.rmtree, directory, True)
-        on_first_rank(model.save_pretrained, network, directory, run.source)
+        on_first_rank(model.save_pretrained, network, directory, run.files)
     writer = dcp.HuggingFaceStorageWriter(str(directory / STATE), save_distributed=True)
     dcp.save(tensors(run), storage_writer=writer, no_dist=dist.get_world_size() == 1)
     state = {"step": run.step, "evaluated": run.evaluated, "votes": run.votes,
@@ -443,9 +448,11 @@ def write_checkpoint(run, directory):
 
 def tensors(run):
     """Training state by name: weights, and AdamW's moments and step counts."""
-    options = StateDictOptions(ignore_frozen_params=run.settings.lora_rank > 0)
-    weights, moments = get_state_dict(run.network, run.optimizer, options=options)
-    return {"weight": weights, "moments": moments["state"]}
+    found = {"moments": get_optimizer_state_dict(run.network, run.optimizer)["state"]}
+    for name, weight in run.network.named_parameters():
+        if weight.requires_grad or not run.settings.lora_rank:
+            found[f"weight/{name}"] = weight.detach()
+    return found
 
 def sizes(paths):
     """The bytes of files, by name."""
@@ -462,9 +469,8 @@ def own_checkpoints(directory):
 
 def compare_with_before(directory, config):
     """UserError if the directory holds another run, as --resume cannot change these settings."""
-    if not (directory / "config.json").exists():
-        return
-    before = model.read_json(directory / "config.json")
+    path = directory / "config.json"
+    before = model.read_json(path) if path.exists() else config
     for name in ("task", "method", "model", "seed", "batch_size", "lora_rank",
                  "freeze_vision_tower", "samples"):
         require(before.get(name) == config[name], f"{directory} holds a run with another {name}: "
@@ -484,11 +490,11 @@ def resume(run):
         run.evaluated = state["evaluated"]
         run.votes = Counter(state["votes"])
         reader = dcp.HuggingFaceStorageReader(str(last / STATE))
+        # In place: these tensors are the network's and the optimizer's own.
         dcp.load(tensors(run), storage_reader=reader, no_dist=dist.get_world_size() == 1)
     if is_first():
-        # Drop what was logged after the checkpoint: those steps run again.
         for log in run.directory.glob("*.jsonl"):
-            os.truncate(log, state["logs"].get(log.name, 0))
+            os.truncate(log, state["logs"].get(log.name, 0))     # later steps run again
 
 # ---- Logs --------------------------------------------------------------------------------------
 def summarize(records, settings):
@@ -519,9 +525,8 @@ def log_step(run, values, records):
     # JSON has no NaN.
     values = {name: value if np.isfinite(value) else None for name, value in values.items()}
     append(run, "metrics.jsonl", values | {"style": visurf.preferred_style(run.votes)})
-    if run.step % 10 == 1:                             # steps 1, 11, 21, ...
-        for record in records[:1]:
-            print(f"    {record['texts'][0]!r} earns {record['rewards'][0]}")
+    if run.step % 10 == 1 and records:                 # steps 1, 11, 21, ...
+        print(f"    {records[0]['texts'][0]!r} earns {records[0]['rewards'][0]}")
         for record in records:
             append(run, "completions.jsonl", record)
 

@@ -63,7 +63,8 @@ def visurf_advantages(rollout_rewards, label_components, drop_thinking_reward=Tr
     tensor([-0.4472, -0.4472, -0.4472, -0.4472,  1.7889])
     """
     r_label = label_reward(label_components, credit_thinking=not drop_thinking_reward)
-    r_label = r_label.to(rollout_rewards)               # 2.1 is less in float32
+    # In one type: as float32, a rollout's 2.1 would be less than the label's as float64.
+    r_label = r_label.to(rollout_rewards)
     if smooth_label_reward:
         r_label = smooth_if_matched(r_label, rollout_rewards)
     r_label = r_label.expand(rollout_rewards.shape[:-1])

@@ -22,6 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,7 +35,7 @@ import transformers
 
 import model
 import visurf
-from memory import empty_network
+from memory import config_of, empty_network
 
 IMAGE, VISION_START, VISION_END = 3, 4, 5
 SIZES = {  # about 1 M parameters, and about 100 M with the vocabulary of Qwen2-VL
@@ -603,6 +604,153 @@ def bench_families(sizes, rounds: int, N: int = 8, T: int = 64):
               f"{update_tower:.0%} |", flush=True)
 
 
+# ---- A frozen vision tower -------------------------------------------------------------------------------------------
+
+# At 840 x 840 and a group of 9 x 64, half of the forward pass's work is the tower's.
+HALF_TOWER = {"text": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4, "num_attention_heads": 8,
+                       "num_key_value_heads": 2, "vocab_size": 1024},
+              "vision": {"depth": 2, "embed_dim": 256, "num_heads": 4, "hidden_size": 512}}
+
+
+class Work(NamedTuple):
+    """Floating-point operations of a part of an update in which activations are computed twice."""
+
+    forward: float
+    recomputed: float = 0.0
+    backward: float = 0.0
+
+
+def bench_frozen(sizes, rounds: int, side: int = 840, N: int = 9, T: int = 64):
+    """What --freeze_vision_tower saves of an update: measured with one network, and computed for two published ones."""
+    network = random_network(make_config("qwen2_vl", **HALF_TOWER))
+    compute_activations_twice(network)
+    [prompt] = make_prompts(1, side)
+    completions = random_completions(N, T)
+    check_frozen(network, prompt, completions)
+
+    def update(frozen: bool) -> dict:
+        network.zero_grad()
+        network.vlm.model.visual.requires_grad_(not frozen)
+        return {"": seconds(lambda: our_loss(network, prompt, completions))}
+
+    [times] = race(rounds, lambda: update(frozen=True), {"full": lambda: update(frozen=False)})
+    work = {}
+    for frozen in (False, True):
+        network.vlm.model.visual.requires_grad_(not frozen)
+        work[frozen] = update_work(network, len(prompt.ids), side // 14, N, T)
+    share = work[False]["tower"].forward / sum(part.forward for part in work[False].values())
+    expected, kept = (sum(map(sum, work[frozen].values())) for frozen in (False, True))
+    ratios = [full / frozen for full, frozen in zip(times[""]["full"], times[""]["ours"])]
+    print(f"\n### (g) A frozen vision tower: loss and backward of a group of {N} × {T}, {side}×{side}\n\n"
+          "| the tower's share of the forward work | full, s | tower frozen, s | ratio (spread) | ratio of the work |\n"
+          f"|---:|---:|---:|---:|---:|\n| {share:.0%} | {statistics.median(times['']['full']):.3g} | "
+          f"{statistics.median(times['']['ours']):.3g} | {spread(ratios)}× | {expected / kept:.2f}× |", flush=True)
+    print_work(side, N, T)
+
+
+def compute_activations_twice(network):
+    """--checkpoint_activations, as train.py switches it on."""
+    network.vlm.activation_checkpointing_enable({"use_reentrant": False})
+    network.vlm.disable_input_require_grads()
+    network.train()
+
+
+def check_frozen(network, prompt, completions):
+    """A frozen tower gets no gradient, and the language model the same as without."""
+    gradients = {}
+    for frozen in (False, True):
+        network.zero_grad()
+        network.vlm.model.visual.requires_grad_(not frozen)
+        our_loss(network, prompt, completions)
+        gradients[frozen] = [parameter.grad for parameter in network.vlm.model.language_model.parameters()]
+    assert all(parameter.grad is None for parameter in network.vlm.model.visual.parameters())
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(gradients[False], gradients[True]))
+
+
+def print_work(side: int, N: int, T: int, words: int = 30):
+    """The computed table: TFLOP of a group's update, for all weights, a frozen tower and LoRA adapters."""
+    tokens = (side // 28) ** 2
+    print(f"\nComputed, not measured: TFLOP of the update of a group of {N} × {T}, {tokens} image tokens and {words} "
+          "more.\nForward + recomputed + backward; a multiplication and an addition are two.\n\n| network | trained | "
+          "vision tower | language model | together | of full |\n|---|---|---:|---:|---:|---:|")
+    for size in ("Qwen2-VL-2B", "Qwen2.5-VL-7B"):
+        full = 0
+        for trained in ("all weights", "all but the tower", "LoRA, rank 16"):
+            network = empty_network(config_of(size))
+            if trained == "LoRA, rank 16":
+                model.add_adapters(network, "", 16, size)
+            network.vlm.model.visual.requires_grad_(trained == "all weights")
+            work = update_work(network, tokens + words, side // 14, N, T)
+            total = sum(map(sum, work.values()))
+            full = full or total
+            cells = [" + ".join(f"{flops / 1e12:.1f}" for flops in work[part]) for part in ("tower", "language model")]
+            print(f"| {size} | {trained} | {' | '.join(cells)} | {total / 1e12:.1f} | {total / full:.0%} |", flush=True)
+
+
+def update_work(network, P: int, grid: int, N: int, T: int) -> dict[str, Work]:
+    """A group's update: P prompt tokens with an image of grid x grid patches, N completions of T tokens.
+
+    What is trained is read off requires_grad. Norms, biases and rotations are left out.
+    """
+    text = network.config.text_config
+    tower = network.vlm.model.visual
+    patches = grid**2
+    # Under a causal mask half of the scores count.
+    seen = text.num_hidden_layers * (P * P / 2 + N * (T - 1) * (P + T / 2))
+    layers = blocks_work(network.vlm.model.language_model.layers, P + N * (T - 1), text.hidden_size * seen)
+    head = N * T * weight_count(network.vlm.lm_head)
+    head_trained = N * T * weight_count(network.vlm.lm_head, trained=True)
+    # Its logits are computed twice whatever the settings are.
+    head = Work(2 * head, 2 * head, 2 * (head + head_trained))
+
+    width = tower.blocks[0].attn.proj.in_features
+    blocks = blocks_work(tower.blocks, patches, width * seen_patches(network.config.vision_config, grid))
+    embed = patches * weight_count(tower.patch_embed)
+    merger = patches // 4 * weight_count(tower.merger)
+    ends = Work(2 * (embed + merger))
+    if weight_count(tower, trained=True):
+        # Pixels need no gradient.
+        ends = Work(2 * (embed + merger), 0, 2 * (embed + 2 * merger))
+    return {"tower": add_work(blocks, ends), "language model": add_work(layers, head)}
+
+
+def blocks_work(blocks, rows: int, seen: float) -> Work:
+    """Blocks that `rows` tokens run through; seen: their width times the tokens that all of them attend to."""
+    products = rows * weight_count(blocks)
+    trained = rows * weight_count(blocks, trained=True)
+    # Scores and weighted values are a product each.
+    forward = 2 * (products + 2 * seen)
+    if trained == 0:
+        return Work(forward)
+    # Nothing needs the output of a block's last product again, so recomputation ends before it.
+    last = rows * sum(weight_count([m for m in block.modules() if isinstance(m, torch.nn.Linear)][-1])
+                      for block in blocks)
+    # Inputs have gradients, trained weights too; and both factors of the two products in attention.
+    return Work(forward, forward - 2 * last, 2 * (products + trained + 4 * seen))
+
+
+def add_work(*parts: Work) -> Work:
+    """The sum, kind by kind."""
+    return Work(*map(sum, zip(*parts)))
+
+
+def weight_count(module, trained: bool = False) -> int:
+    """Weights of a module that its inputs are multiplied with, all or the trained ones."""
+    return sum(parameter.numel() for parameter in module.parameters()
+               if parameter.dim() > 1 and (parameter.requires_grad or not trained))
+
+
+def seen_patches(vision, grid: int) -> int:
+    """How many patches all patches attend to, in all blocks; in Qwen2.5-VL most blocks see windows."""
+    if not hasattr(vision, "fullatt_block_indexes"):
+        return vision.depth * grid**4
+    wide = vision.window_size // vision.patch_size
+    # The last window of a row or column is what is left.
+    windows = (grid // wide * wide**2 + (grid % wide) ** 2) ** 2
+    whole = len(vision.fullatt_block_indexes)
+    return whole * grid**4 + (vision.depth - whole) * windows
+
+
 # ---- On a GPU --------------------------------------------------------------------------------------------------------
 
 GPU_SHAPES = {  # of the checkpoints Qwen2-VL-2B and -7B
@@ -697,29 +845,16 @@ def gpu_update(network, prompt, flops: float, size: str, N: int = 9, T: int = 64
     elapsed = statistics.median(seconds(lambda: our_loss(network, prompt, completions)) for _ in range(10))
     peak = torch.cuda.max_memory_allocated() / 2**30
     held = 2 * 2 * parameter_count(network) / 2**30  # weights and gradients, two bytes each
-    # A multiplication and an addition, each forward, for the input's gradient and for the weight's.
-    speed = 6 * multiplications(network, len(prompt.ids), len(prompt.pixels), N, T) / elapsed
+    work = update_work(network, len(prompt.ids), int(prompt.grid_thw[0, 1]), N, T)
+    # As much again for the inputs' gradients and for the weights'. Nothing is recomputed here.
+    speed = 3 * sum(part.forward for part in work.values()) / elapsed
     print(f"| {size}, update of a group of {N} × {T} at 840×840 | {elapsed * 1e3:.0f} ms, {speed / 1e12:.0f} TFLOP/s = "
           f"{speed / flops:.0%} of the measured limit; peak {peak:.1f} GiB, of which weights and gradients "
           f"{held:.1f} |", flush=True)
 
 
-def multiplications(network, P: int, patches: int, N: int, T: int) -> float:
-    """Multiplications of a group's forward pass; P prompt tokens, N completions of T tokens."""
-    text = network.config.text_config
-    vision = network.config.vision_config
-    tower = network.vlm.model.visual
-    dense = (parameter_count(network.vlm.model.language_model.layers) * (P + N * (T - 1))
-             + network.vlm.lm_head.weight.numel() * N * T
-             + parameter_count(tower.blocks) * patches + parameter_count(tower.merger) * patches // 4)
-    # Scores and weighted values are a product each; under a causal mask half of it counts.
-    scores = (text.num_hidden_layers * text.hidden_size * (P * P / 2 + N * T * (P + T / 2))
-              + vision.depth * vision.embed_dim * patches**2)
-    return dense + 2 * scores
-
-
 SECTIONS = {"sampling": bench_sampling, "update": bench_update, "step": bench_step, "memory": bench_memory,
-            "growth": bench_growth, "families": bench_families}
+            "growth": bench_growth, "families": bench_families, "frozen": bench_frozen}
 
 
 def main(argv=None):

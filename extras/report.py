@@ -39,6 +39,23 @@ CURVES = {
     "grad_norm": "Before clipping; single spikes are normal, a steady rise is not.",
     "rollout_seconds": "Sampling and scoring of a step; follows the length.",
     "update_seconds": "Falls as groups without signal are left out.",
+    "skipped": "Updates in a row that were skipped: no usable row, or no finite gradient. At 10, "
+               "the run ends.",
+    "skipped_rows": "Rows of a step that could not be used; only with --skip_bad_rows.",
+}
+# metric in evaluations.jsonl -> the same
+METRICS = {
+    "accuracy": "Share of right answers. For boxes: any of them, or the one around all, has "
+                "IoU > 0.5 with the box around the label's.",
+    "one_to_one": "Accuracy object by object: one too many costs as much as one too few.",
+    "gIoU": "Intersection over union of the masks, as a mean over the questions.",
+    "cIoU": "All intersections over all unions: large objects weigh more than in gIoU.",
+    "N-Acc": "Of the questions about what is not there, the share answered with [].",
+    "point_in_box": "Share of answers with a point in a labelled box; or else a box's centre.",
+    "anomaly_acc": "Share of answers that are right about whether there is a defect.",
+    "ROC-AUC": "Mean of the shares right with and without a defect; guessing gives 0.5.",
+    "count_acc": "Share of counts that are exact.",
+    "MAE": "Mean distance between the count and the label's; falls.",
 }
 ANSWERS = 12            # shown of each run
 TILE = 360              # pixels of a picture's longer side
@@ -89,7 +106,8 @@ def page(runs: list["Run"]) -> str:
     """The whole page."""
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs side by side"
     sections = {
-        "Results": result_table(runs), "Curves": curves(runs),
+        "Results": result_table(runs), "Evaluations": evaluation_curves(runs),
+        "Curves": curves(runs),
         "Answers": "".join(map(answer_cards, runs)), "Groups": "".join(map(group_tables, runs)),
         "Settings": setting_table(runs)}
     body = "\n".join(f"<section><h2>{name}</h2>{content}</section>"
@@ -119,6 +137,7 @@ class Run:
     name: str
     settings: dict
     steps: list[dict]               # train.py's records of metrics.jsonl, one for each step
+    evaluations: list[dict]         # of evaluations.jsonl, one for each evaluation
     groups: list[dict]              # and of completions.jsonl: the first and the last
     metrics: dict                   # eval.py's
     answers: list[dict]             # and its results of eval.evaluate
@@ -131,11 +150,12 @@ def read_run(directory: Path, name: str) -> Run:
         raise data.UserError(f"{directory}: neither train.py nor eval.py has written here")
     config = read_json(directory / "config.json", problems)
     evaluated = read_json(directory / "answers.json", problems)
-    steps = [record for record in read_lines(directory / "metrics.jsonl", problems)
-             if isinstance(record.get("step"), int)]
+    steps = read_steps(directory / "metrics.jsonl", problems)
+    evaluations = read_steps(directory / "evaluations.jsonl", problems)
     groups = read_lines(directory / "completions.jsonl", problems)
-    return Run(name, config or evaluated.get("settings", {}), steps, groups[:1] + groups[1:][-1:],
-               evaluated.get("metrics", {}), evaluated.get("answers", []), problems)
+    return Run(name, config or evaluated.get("settings", {}), steps, evaluations,
+               groups[:1] + groups[1:][-1:], evaluated.get("metrics", {}),
+               evaluated.get("answers", []), problems)
 
 
 def read_json(path: Path, problems: list[str]) -> dict:
@@ -147,6 +167,11 @@ def read_json(path: Path, problems: list[str]) -> dict:
 def read_lines(path: Path, problems: list[str]) -> list[dict]:
     """The JSON objects of a log."""
     return parse(path.read_bytes().splitlines() if path.exists() else [], path, problems)
+
+
+def read_steps(path: Path, problems: list[str]) -> list[dict]:
+    """The records of a log that say which step they are of."""
+    return [record for record in read_lines(path, problems) if isinstance(record.get("step"), int)]
 
 
 def parse(texts: list[bytes], path: Path, problems: list[str]) -> list[dict]:
@@ -259,56 +284,93 @@ def plain(value, limit: int = 2000) -> str:
 # ---- Curves --------------------------------------------------------------------------------------
 
 
+def evaluation_curves(runs: list[Run]) -> str:
+    """A small chart for each of the tasks' metrics that the runs were evaluated by on their way."""
+    tasks = [data.TASKS[run.settings["task"]] for run in runs
+             if run.evaluations and run.settings.get("task") in data.TASKS]
+    # a metric that no sample has is None in every record
+    names = [name for name in dict.fromkeys(name for task in tasks for name in task.metrics)
+             if any(np.isfinite(line_of(run.evaluations, name)[1]).any() for run in runs)]
+    if not names:
+        return ""
+    figures = "".join(figure(runs, name, METRICS.get(name, ""), evaluated=True) for name in names)
+    return f'{evaluation_notes(runs)}<div class="grid">{figures}</div>'
+
+
+def evaluation_notes(runs: list[Run]) -> str:
+    """How many questions the points of each run stand for, and how much chance is in them."""
+    notes = ""
+    for run in runs:
+        samples = number(run.evaluations[-1].get("samples")) if run.evaluations else 0
+        if samples > 0:
+            # of a share of one half, where it is largest
+            error = 50 / samples ** 0.5
+            notes += (f"<p>{text(run.name)}: greedy answers to {samples:.0f} questions, at step 0 "
+                      "before any training. A share of all of them has a standard error of up to "
+                      f"{error:.1f} points; of some of them, as for N-Acc, of more.</p>")
+    return notes
+
+
 def curves(runs: list[Run]) -> str:
     """A small chart for every quantity that was logged, with a line for each run."""
     logged = dict.fromkeys(name for run in runs for record in run.steps
                            for name, value in record.items() if not math.isnan(number(value)))
     names = [name for name in CURVES if name in logged]
     names += [name for name in logged if name not in CURVES and name != "step"]
-    if not names:
-        return ""
+    figures, flat = "", []
+    for name in names:
+        if any(np.nan_to_num(line_of(run.steps, name)[1]).any() for run in runs):
+            figures += figure(runs, name, CURVES.get(name, ""))
+        else:
+            flat.append(name)
+    zeros = f"<p>0 in every step: {text(', '.join(flat))}</p>" if flat else ""
+    return f'<div class="grid">{figures}</div>{zeros}' if names else ""
+
+
+def figure(runs: list[Run], name: str, meaning: str, evaluated: bool = False) -> str:
+    """A chart with its title above it and what it means below."""
     try:
         import matplotlib
     except ImportError:
         raise data.UserError("the curves need matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
-    figures, flat = "", []
-    for name in names:
-        if not any(np.nan_to_num(line_of(run, name)[1]).any() for run in runs):
-            flat.append(name)
-            continue
-        figures += (f'<figure><h3>{text(name)}</h3><img src="{chart(runs, name)}" '
-                    f'alt="{text(name)} by step"><figcaption>{CURVES.get(name, "")}</figcaption>'
-                    "</figure>")
-    zeros = f"<p>0 in every step: {text(', '.join(flat))}</p>" if flat else ""
-    return f'<div class="grid">{figures}</div>{zeros}'
+    return (f'<figure><h3>{text(name)}</h3><img src="{chart(runs, name, evaluated)}" '
+            f'alt="{text(name)} by step"><figcaption>{text(meaning)}</figcaption></figure>')
 
 
-def chart(runs: list[Run], name: str) -> str:
-    """A quantity by step: single steps faint; bold, the mean of the tenth of all steps around."""
+def chart(runs: list[Run], name: str, evaluated: bool = False) -> str:
+    """A quantity by step: single steps faint; bold, the mean of the tenth of all steps around.
+
+    Of a metric that was evaluated, there is a point at each evaluation, and a line between them.
+    """
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(4, 2.4), layout="constrained")
-    # an evaluation has no steps
-    drawn = [run for run in runs if len(line_of(run, name)[0]) > 0]
-    for run in drawn:
-        steps, values = line_of(run, name)
+    picture, axes = pyplot.subplots(figsize=(4, 2.4), layout="constrained")
+    lines = {run.name: line_of(run.evaluations if evaluated else run.steps, name) for run in runs}
+    # a run of eval.py has no steps
+    lines = {run: line for run, line in lines.items() if len(line[0]) > 0}
+    for run_name, (steps, values) in lines.items():
+        # a $ would start a formula
+        style = {"linewidth": 2, "label": run_name.replace("$", r"\$")}
+        if evaluated:
+            axes.plot(steps, values, marker="o", **style)
+            continue
         [line] = axes.plot(steps, values, linewidth=1, alpha=0.35)
-        # a $ would start a formula; one value alone is a dot
-        axes.plot(steps, smooth(values), color=line.get_color(), linewidth=2,
-                  label=run.name.replace("$", r"\$"), marker="o" if len(values) == 1 else "")
+        # one value alone is a dot
+        axes.plot(steps, smooth(values), color=line.get_color(),
+                  marker="o" if len(values) == 1 else "", **style)
     axes.grid(alpha=0.3)
-    if len(drawn) > 1:
+    if len(lines) > 1:
         axes.legend(fontsize=8)
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=150)
-    pyplot.close(figure)
+    picture.savefig(file, format="png", dpi=150)
+    pyplot.close(picture)
     return data_uri(file.getvalue(), "png")
 
 
-def line_of(run: Run, name: str) -> tuple[np.ndarray, np.ndarray]:
+def line_of(records: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of a quantity, where it was logged; NaN for what is no number."""
-    records = [record for record in run.steps if name in record]
+    records = [record for record in records if name in record]
     return (np.array([record["step"] for record in records]),
             np.array([number(record[name]) for record in records]))
 

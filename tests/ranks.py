@@ -53,6 +53,13 @@ def whole(run) -> dict:
     return weights
 
 
+def dtypes_of(run) -> set:
+    """Of all tensors that a checkpoint keeps to go on with."""
+    found = train.tensors(run)
+    states = [state for state in found.pop("moments").values()]
+    return {tensor.dtype for part in (found, *states) for tensor in part.values()}
+
+
 def steps(run, count: int) -> list[tuple]:
     """Metrics and group records of some steps."""
     return [train.train_step(run) for _ in range(count)]
@@ -162,8 +169,7 @@ def in_bfloat16() -> dict:
         with train.gathered(run) as network:
             found[dtype] = {str(parameter.dtype) for parameter in network.parameters()}
         found[dtype, "exchanged"] = exchanged.dtypes
-        kept = {str(tensor.dtype) for tensor in train.tensors(run).values()}
-        found[dtype, "kept"] = kept | set(gradients)
+        found[dtype, "kept"] = set(map(str, dtypes_of(run))) | set(gradients)
     return {"losses": losses} | found
 
 

@@ -1,7 +1,9 @@
-"""extras/: the report shows what files say and no text of a model gets out of its box; SAM 2 masks; converted data."""
+"""extras/: the report shows what files say and no text of a model gets out of its box; SAM 2 masks; converted data;
+the benchmark's count of operations."""
 
 import base64
 import doctest
+import html
 import io
 import json
 import math
@@ -18,6 +20,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
+import bench
 import data
 import eval as evaluation
 import model
@@ -39,7 +42,7 @@ def quick_charts(monkeypatch):
     """Matplotlib takes a quarter of a second for a chart: most tests make do with a dot."""
     dot = io.BytesIO()
     Image.new("RGB", (1, 1)).save(dot, "PNG")
-    monkeypatch.setattr(report, "chart", lambda runs, name: report.data_uri(dot.getvalue(), "png"))
+    monkeypatch.setattr(report, "chart", lambda *_: report.data_uri(dot.getvalue(), "png"))
 
 
 class Page(HTMLParser):
@@ -110,6 +113,16 @@ def make_run(directory: Path, steps=8, answers=ANSWERS, task="grounding", **conf
     return directory
 
 
+def evaluate_on_the_way(directory: Path, steps=(0, 4, 8), **changed):
+    """evaluations.jsonl as train.py writes it, with one more right answer each time; `changed`: in all records."""
+    lines = []
+    for right, step in enumerate(steps):
+        improved = [answer(BOX, BOX)] * right + ANSWERS[right:]
+        values = {"step": step} | evaluation.metrics(improved, data.TASKS["grounding"]) | changed
+        lines.append(json.dumps(values) + "\n")
+    (directory / "evaluations.jsonl").write_text("".join(lines))
+
+
 def change(path: Path, **fields):
     """Set fields of a JSON file."""
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
@@ -146,9 +159,9 @@ def test_the_page_is_well_formed_and_loads_nothing(tmp_path):
 def test_quantities_that_never_were_anything_but_0_are_only_named(tmp_path):
     directory = make_run(tmp_path / "a")
     with (directory / "metrics.jsonl").open("a") as log:
-        log.write(json.dumps({"step": 9, "skipped_rows": 0, "not_finite": 0}) + "\n")
+        log.write(json.dumps({"step": 9, "skipped_rows": 0, "skipped": 0}) + "\n")
     parsed = Page(rendered(directory))
-    assert len(parsed.pictures()) == 7 + 4 and "0 in every step: skipped_rows, not_finite" in "".join(parsed.texts)
+    assert len(parsed.pictures()) == 7 + 4 and "0 in every step: skipped, skipped_rows" in "".join(parsed.texts)
 
 
 def test_hostile_text_stays_text(tmp_path, monkeypatch):
@@ -223,7 +236,7 @@ def test_values_that_are_no_numbers_leave_a_gap(tmp_path, damage):
     lines[3] = json.dumps({**json.loads(lines[3]), "length": damage})
     (directory / "metrics.jsonl").write_text("\n".join(lines))
     run = report.read_run(directory, "a")
-    steps, values = report.line_of(run, "length")
+    steps, values = report.line_of(run.steps, "length")
     assert [step for step, value in zip(steps, values) if not math.isnan(value)] == [1, 2, 3, 5, 6, 7, 8]
     assert Page(report.page([run]))
 
@@ -275,6 +288,65 @@ def test_every_run_is_a_line_of_every_curve(tmp_path, monkeypatch):
     assert [len(steps) for steps, _ in drawn] == [60, 60, 12, 12]
     raw, smooth = drawn[0][1], drawn[1][1]
     assert list(raw) == [30 + step % 3 for step in range(1, 61)] and np.ptp(smooth[5:-5]) < 0.5
+
+
+def figures(source: str, section: str) -> dict[str, str]:
+    """{title: caption} of the charts in a section; {} if it is not there."""
+    body = re.search(f"<section><h2>{section}</h2>.*?</section>", source, re.DOTALL)
+    found = re.findall("<figure><h3>(.*?)</h3><img [^>]*><figcaption>(.*?)</figcaption>", body[0]) if body else []
+    return {html.unescape(title): html.unescape(caption) for title, caption in found}
+
+
+def test_evaluations_on_the_way_stand_before_the_rewards(tmp_path):
+    """The task's metrics and no others, each with what a reader should know about it; None is no metric."""
+    directory = make_run(tmp_path / "a")
+    source = rendered(directory)
+    assert "<h2>Evaluations</h2>" not in source and len(figures(source, "Curves")) == 7
+    evaluate_on_the_way(directory, cIoU=None)
+    source = rendered(directory)
+    assert figures(source, "Evaluations") == {name: report.METRICS[name]
+                                              for name in ("accuracy", "one_to_one", "gIoU", "N-Acc")}
+    assert len(figures(source, "Curves")) == 7 and len(Page(source).pictures()) == 4 + 7 + 4
+    assert source.index("<h2>Evaluations</h2>") < source.index("<h2>Curves</h2>")
+    assert "a: greedy answers to 4 questions" in source and "of up to 25.0 points" in source
+
+
+def test_every_metric_of_a_task_is_explained():
+    assert {name for task in data.TASKS.values() for name in task.metrics} == set(report.METRICS)
+
+
+def test_an_evaluation_is_a_point_at_its_step(tmp_path, monkeypatch):
+    """As matplotlib was told to draw it, on the page itself: runs without evaluations have no line."""
+    from matplotlib.axes import Axes
+
+    drawn, plot = {}, Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda self, *args, **kw: drawn.setdefault(kw["label"], []).append((args, kw))
+                        or plot(self, *args, **kw))
+    monkeypatch.setattr(report, "chart", CHART)
+    directories = [make_run(tmp_path / name) for name in ("a", "b", "c")]
+    for directory, steps in zip(directories, ((0, 4, 8), (0, 3))):
+        evaluate_on_the_way(directory, steps=steps)
+    for directory in directories:
+        (directory / "metrics.jsonl").unlink()                       # evaluations alone
+    parsed = Page(rendered(*directories))
+    assert len(parsed.pictures()) == 5 + 3 * 4 and set(drawn) == {"a", "b"}
+    [((steps, values), style), *others] = drawn["a"]
+    assert list(steps) == [0, 4, 8] and list(values) == [0.5, 0.5, 0.75] and style["marker"] == "o"
+    assert len(others) == 4 and list(drawn["b"][0][0][0]) == [0, 3]
+
+
+def test_an_evaluation_without_a_value_leaves_a_gap(tmp_path):
+    directory = make_run(tmp_path / "a")
+    evaluate_on_the_way(directory)
+    lines = (directory / "evaluations.jsonl").read_text().splitlines()
+    lines[1] = json.dumps({**json.loads(lines[1]), "accuracy": None, "gIoU": EVIL})
+    (directory / "evaluations.jsonl").write_text("\n".join([*lines, '{"step": 12, "accu']))
+    run = report.read_run(directory, "a")
+    for name in ("accuracy", "gIoU"):
+        steps, values = report.line_of(run.evaluations, name)
+        assert list(steps) == [0, 4, 8] and list(np.isnan(values)) == [False, True, False]
+    [problem] = run.problems
+    assert "evaluations.jsonl: 1 of 4 records are damaged" in problem and Page(report.page([run]))
 
 
 def test_settings_that_differ_come_first_and_names_stay_apart(tmp_path, monkeypatch, capsys):
@@ -375,6 +447,47 @@ def test_it_runs_as_a_program(tmp_path):
         path.unlink()
     done = subprocess.run([sys.executable, ROOT / "extras" / "report.py", directory], capture_output=True, text=True)
     assert done.returncode == 0 and (directory / "report.html").exists(), done.stderr
+
+
+# ---- The benchmark's count of operations ----------------------------------------------------------------------------
+
+
+def attention_work(query, key, value, dropout=0.0, causal=False, **_) -> float:
+    """Of PyTorch's attention on a CPU, which its own counter does not know: half counts under a causal mask."""
+    *rows, size = query
+    return 4 * math.prod(rows) * key[-2] * size / (2 if causal else 1)
+
+
+def counted_work(network, prompt, completions) -> float:
+    """Operations of an update, as PyTorch counts them while it runs."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    aten = torch.ops.aten
+    mapping = {aten._scaled_dot_product_flash_attention_for_cpu: attention_work,
+               aten._scaled_dot_product_flash_attention_for_cpu_backward:
+                   lambda gradient, q, k, v, out, lse, *more, **_: 2 * attention_work(q, k, v, *more),
+               aten.addmm_: lambda total, a, b, **_: 2 * math.prod(a) * b[1]}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        bench.our_loss(network, prompt, completions)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("trained", ["all weights", "all but the tower", "LoRA"])
+@pytest.mark.parametrize("family", ["Qwen2-VL", "Qwen2.5-VL"])
+def test_the_computed_work_of_an_update_is_what_pytorch_counts(family, trained):
+    """Windows, recomputation, gradients of weights and inputs: all that decides the table in docs/speed.md."""
+    config, _ = bench.family_configs()[family]
+    network = bench.random_network(config)
+    if trained == "LoRA":
+        pytest.importorskip("peft")
+        model.add_adapters(network, "", 8, "base")
+    network.vlm.model.visual.requires_grad_(trained == "all weights")
+    bench.compute_activations_twice(network)
+    [prompt] = bench.make_prompts(1, 280)                            # 20 patches: windows of 8, 8 and 4
+    work = bench.update_work(network, len(prompt.ids), 20, 5, 16)
+    counted = counted_work(network, prompt, bench.random_completions(5, 16))
+    assert sum(map(sum, work.values())) == pytest.approx(counted, rel=0.01)
+    assert (work["tower"].backward > 0) == (trained == "all weights")
 
 
 # ---- SAM 2 ----------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
 from conftest import FAMILIES, ROOT
 from pretended_gpu import pretended_gpu
@@ -151,8 +152,8 @@ def test_the_base_is_the_same_after_training():
 def test_two_processes_compute_what_one_does(tmp_path):
     flags = "--max_steps", 2, "--learning_rate", "1e-3", *LORA
     for world in (1, 2):
-        ranks = Ranks(world, tmp_path / f"out{world}", "ranks:main", "--output_dir", tmp_path / str(world), *flags)
-        assert ranks.wait() == [0] * world, ranks.text()
+        processes = Ranks(world, tmp_path / f"out{world}", "ranks:main", "--output_dir", tmp_path / str(world), *flags)
+        assert processes.wait() == [0] * world, processes.text()
     one, two = (load_file(tmp_path / name / "checkpoint-2" / "adapter_model.safetensors") for name in "12")
     assert one.keys() == two.keys()
     for name, tensor in one.items():
@@ -170,7 +171,7 @@ def test_a_gpu_keeps_the_base_in_bfloat16(tmp_path, monkeypatch):
         dtypes = {name: weight.dtype for name, weight in run_.network.named_parameters()}
         assert {dtypes[name] for name in dtypes if "lora_" in name} == {torch.float32}
         assert {dtypes[name] for name in dtypes if "lora_" not in name} == {torch.bfloat16}
-        assert {tensor.dtype for tensor in train.tensors(run_).values()} == {torch.float32}
+        assert ranks.dtypes_of(run_) == {torch.float32}
         save(run_)
 
     monkeypatch.setattr(train, "save", check_and_save)
@@ -268,8 +269,24 @@ def test_a_frozen_tower_is_not_trained():
     for name, weight in seen[1].network.named_parameters():
         assert torch.equal(weight.full_tensor(), before[name]) == (name in tower), name
     assert all(frozen[name] is None for name in tower) and all(full[name] is not None for name in tower)
-    state = {name for name in train.tensors(seen[1]) if name.startswith("state.")}
-    assert state and not any(".visual." in name for name in state)
+    state = train.tensors(seen[1])["moments"]
+    assert set(state) == set(rest)
+
+
+@pytest.mark.parametrize("flags", [["--freeze_vision_tower"], LORA])
+def test_a_frozen_tower_has_no_backward_pass_and_is_not_run_again(flags):
+    """With --checkpoint_activations, transformers lets embeddings and patches ask for a gradient."""
+    run_ = make_run("--checkpoint_activations", *flags)
+    seen = []
+    for block in run_.network.vlm.model.visual.blocks:
+        block.attn.register_forward_hook(lambda *inputs_and_output: seen.append(inputs_and_output[-1].requires_grad))
+    groups, _ = train.encode_share(run_, range(2))
+    for group in groups:
+        train.append_label(run_, group)
+        group.advantages = torch.ones(1)
+    train.loss_of(run_, groups, 1.0).backward()
+    assert seen == [False] * len(run_.network.vlm.model.visual.blocks)
+    assert any(weight.grad is not None for weight in run_.network.parameters())
 
 
 def test_a_run_with_a_frozen_tower_resumes(tmp_path):

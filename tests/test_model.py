@@ -228,17 +228,14 @@ def test_a_large_vocabulary_is_drawn_from_exactly():
     assert (chosen > 0).all()
 
 
-def test_weights_that_are_not_finite_are_an_error(reference, tmp_path):
-    """In the sampler, and when they should be saved; an index past the vocabulary was a fault once."""
+def test_weights_that_are_not_finite_are_an_error(reference):
+    """An index past the vocabulary was the fault once."""
     network = model.load_pretrained(reference("qwen2_vl")[1])
     with torch.no_grad():
         network.vlm.lm_head.weight.fill_(torch.nan)
     for temperature in (0.0, 1.0):
         with pytest.raises(model.CheckpointError, match="log-probs are not finite"):
             model.generate(network, PROMPTS[:1], 1, 5, temperature)
-    with pytest.raises(model.CheckpointError, match="weights are not finite: .*lower the learning rate"):
-        model.save_pretrained(network, tmp_path, reference("qwen2_vl")[1])
-    assert not list(tmp_path.iterdir())
 
 
 def test_no_prompts_no_rollouts(reference):

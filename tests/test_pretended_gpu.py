@@ -4,6 +4,7 @@ import copy
 import os
 
 import pytest
+import ranks
 import torch
 from pretended_gpu import Seen, pretended_gpu
 from safetensors.torch import load_file
@@ -71,7 +72,7 @@ def test_a_run_on_a_gpu(tmp_path, gpu, monkeypatch):
     save = train.save
 
     def check_and_save(run):
-        assert {tensor.dtype for tensor in train.tensors(run).values()} == {torch.float32}
+        assert ranks.dtypes_of(run) == {torch.float32}
         with train.gathered(run) as network:
             assert {(weight.device, weight.dtype) for weight in network.parameters()} == {(gpu, torch.bfloat16)}
         save(run)

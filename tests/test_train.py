@@ -339,7 +339,7 @@ def test_sft_writes_labels_as_the_network_answers(tmp_path, monkeypatch):
     monkeypatch.setattr(data.Processor, "decode",
                         lambda self, ids, finished: visurf.align_label([{"bbox_2d": [1, 2, 3, 4]}], "indented"))
     directory = run(tmp_path, "--method", "sft")
-    assert greedy == [(1, 0, 32)]
+    assert greedy[0] == (1, 0, 32)
     for record in records(directory, "completions"):
         [text] = record["texts"]
         _, answer = rewards.split_completion(text)
@@ -434,7 +434,6 @@ def test_weights_that_explode_end_the_run_and_are_not_kept(tmp_path, capsys):
                        "--learning_rate", "1e20")
     assert "--learning_rate" in line and "not finite" in line
     assert checkpoints(tmp_path / "run") == ["checkpoint-1"]
-    assert records(tmp_path / "run")[-1]["loss"] is None
     run(tmp_path, "--max_steps", 2, "--resume")
     assert checkpoints(tmp_path / "run") == ["checkpoint-2"]
 
