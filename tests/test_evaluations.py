@@ -37,7 +37,7 @@ def test_an_evaluation_is_eval_pys(tmp_path, undisturbed, capsys):
     capsys.readouterr()
     run(tmp_path, "--max_steps", 1, "--eval_steps", 1, "--eval_limit", 6)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("after step ")]
-    assert len(lines) == 2 and lines[0].startswith("after step 0: {'accuracy': ")
+    assert len(lines) == 2 and lines[0].startswith("after step 0: accuracy 0.")
 
 
 def test_a_run_without_evaluations_is_the_same(tmp_path, undisturbed):
@@ -91,13 +91,13 @@ def test_an_error_during_an_evaluation_costs_no_step(tmp_path, undisturbed, monk
 
 
 def test_killed_during_an_evaluation_the_run_is_the_same(tmp_path):
-    """By SIGKILL, on two ranks; each samples once for the evaluation before step 1, once a step, and so on."""
+    """By SIGKILL, on two ranks; each speaks once for the evaluation before step 1, once a step, once a save, and so on."""
     flags = "--max_steps", 4, "--eval_steps", 2, "--eval_limit", 6, "--save_steps", 1
     expected = tmp_path / "expected"
     ranks = Ranks(2, tmp_path / "out", "ranks:main", "--output_dir", expected, *flags)
     assert ranks.wait() == [0, 0], ranks.text()
     killed = tmp_path / "killed"
-    ranks = Ranks(2, tmp_path / "out", "ranks:main_killed", "model.generate", 4, "--output_dir", killed, *flags)
+    ranks = Ranks(2, tmp_path / "out", "ranks:main_killed", "model.generate", 5, "--output_dir", killed, *flags)
     assert -signal.SIGKILL in ranks.wait()
     assert checkpoints(killed) == ["checkpoint-1"] and len(records(killed)) == 2
     ranks = Ranks(2, tmp_path / "out", "ranks:main", "--output_dir", killed, *flags, "--resume")

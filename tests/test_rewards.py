@@ -611,10 +611,10 @@ def test_hostile_mathematics():
     for number in range(10_000):
         a = random_expression(rng)
         assert same_answer(a, f" {a} ")
-        if number % 80 == 0:
+        if number % 160 == 0:
             assert same_answer(a, "12") in (True, False) and same_answer("2x", a) in (True, False)
             asked += not rewards.NO_FORMULA.search(rewards.meaning(a, ()))
-    assert asked > 100
+    assert asked > 50
     for unit in ("(", "9^", "\\frac{", "{", "1,", "a ", "1 ", "m", "ab/", "-", "2pi", "sqrt", "\\text{", "x=", "1 1/",
                  "a b", "\\boxed{", "\\boxed{1}", "\\", "$", "^"):
         for text in ("1 " + unit * (180 // len(unit)), unit * (20_000 // len(unit))):
