@@ -521,7 +521,7 @@ def log_step(run, values, records):
         line += f" | reward {values['reward']:.2f} = {' + '.join(parts)}"
     if "label_active" in values:
         line += f" | label_active {values['label_active']:.2f}"
-    print(f"{line} | {values['rollout_seconds']:.2f} + {values['update_seconds']:.2f}s", flush=True)
+    print(f"{line} | {values['rollout_seconds'] + values['update_seconds']:.2f} s", flush=True)
     # JSON has no NaN.
     values = {name: value if np.isfinite(value) else None for name, value in values.items()}
     append(run, "metrics.jsonl", values | {"style": visurf.preferred_style(run.votes)})
