@@ -186,7 +186,7 @@ def read_sample(rows, number, path, task, where):
     size = (int(row.get("img_width") or upright[0]), int(row.get("img_height") or upright[1]))
     # The authors write labels for training ("problem") in pixels of the image that the row holds,
     # and those for tests ("text") in pixels of the original.
-    default_frame = size if row.get("problem") is None else upright
+    default_frame = upright if row.get("problem") is not None else size
     frame = tuple(row.get("frame") or default_frame)
     for width, height in (frame, size):         # not too large: eval.py paints such masks
         require(width > 0 and height > 0 and width * height < 2e8,

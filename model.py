@@ -63,7 +63,7 @@ class GroupPolicy(nn.Module):
         B, P = batch.ids.shape
         # A token is predicted from the one before: token t is an input if there is a token t + 1.
         attend = GroupAttention(batch.lengths, P, mask[:, :, 1:])
-        b, n, t = attend.where
+        b, n, t = attend.where  # of each input, a token that another one follows
         prompt_positions, next_position = self.positions(batch)
         after_prompt = (next_position[b] + t).expand(3, -1)  # M-RoPE's axes are equal in text
         positions = torch.cat([prompt_positions, after_prompt], dim=1)  # (3, S)
@@ -200,7 +200,7 @@ class GroupAttention:
         real = (place < self.lengths[:, None]) | (place >= self.P)  # (B, P+T)
         past = place <= place[self.P :, None]  # (T, P+T)
         bias = torch.where(real[:, None] & past, 0.0, -torch.inf).to(dtype)  # (B, T, P+T)
-        # On CUDA, rows must begin at multiples of 8 numbers.
+        # On CUDA, rows must begin at multiples of 8 numbers: pad, and give a view without padding.
         bias = F.pad(bias, (0, -len(place) % 8)).repeat(1, g, 1)
         return bias.repeat_interleave(self.N, dim=0)[:, None, :, : len(place)]
 
@@ -421,7 +421,7 @@ class Decoder:
         cache = self.rows[layer].index_copy_(2, self.slot, own)  # (2, K*R, max_tokens, E)
         keys, values = cache[:, :, : self.window]
         prompt_keys, prompt_values = self.prompts[layer]
-        # In the order (K, B, N, g), the N*g queries of a prompt read its keys in one product.
+        # In memory (K, B, N, g): (K*R, g) for a row's own keys, (K*B, N*g) for its prompt's.
         q = (q * E**-0.5).view(K, g, R, E).transpose(1, 2).reshape(K * R, g, E)
         on_prompt = product(q.view(K * self.B, -1, E), prompt_keys)  # (K*B, N*g, P)
         on_own = product(q, keys.mT).view(K * self.B, -1, self.window)

@@ -48,7 +48,7 @@ def score(completion, label, kind="objects", frame=(840, 840), choices=(), **thr
 
 def split_completion(completion):
     """The prose before the last `<answer>` outside thinking, and the answer, None if not closed."""
-    # Thinking becomes as many NULs: no answer starts in it, and one around it is no valid JSON.
+    # Thinking becomes as many NULs: no answer starts in it, and an answer that has it is no JSON.
     visible = re.sub(r"(?s)<think>.*?(?:</think>|\Z)", lambda t: "\0" * len(t[0]), completion)
     prose, opened, rest = visible.rpartition("<answer>")
     if not opened:
@@ -60,7 +60,7 @@ def read_answer(completion, kind="objects"):
     """The answer as text, or as objects with their readable fields alone; None if malformed."""
     text = split_completion(completion)[1] or ""
     if kind == "math":
-        return text.strip() or None
+        return text.strip("\0").strip() or None
     if kind == "count" and re.fullmatch(r"\s*[0-9]{1,4}\s*", text):
         return str(int(text))
     try:
@@ -101,7 +101,7 @@ def format_score(predicted, label):
         return 2.0
     if predicted:
         return sum(map(len, predicted)) / len(predicted)
-    # A right "[]" earns all, or else false boxes would earn more; a wrong "[]" earns nothing.
+    # A right "[]" earns all, or else false boxes would earn more here; a wrong one earns nothing.
     return 2.0 if predicted == [] and count(label) == 0 else 0.0
 
 def count(answer):
@@ -151,7 +151,7 @@ def match(gains):
     """
     gains = np.asarray(gains, int)
     n, m = gains.shape
-    # With m + 1 rows more that are worth nothing, there always is a second best.
+    # m rows that are worth nothing, for columns that win none, and one more as a second best.
     worth = np.pad(gains, ((0, m + 1), (0, 0)))
     prices = np.zeros(n + m + 1)
     owners = np.full(n + m + 1, -1)
@@ -160,7 +160,7 @@ def match(gains):
         column = bidders.pop()
         net = worth[:, column] - prices
         second, best = np.argsort(net)[-2:]
-        # By a little more than it takes: all m lose less than 1, which whole gains cannot be off.
+        # Each overbids by 1/(m + 1): m pairs end less than 1 below the best, so at it, being whole.
         prices[best] += net[best] - net[second] + 1 / (m + 1)
         if owners[best] >= 0:
             bidders.append(owners[best])

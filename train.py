@@ -147,7 +147,7 @@ def loop(run):
             evaluate_if_due(run)
             if run.step % settings.save_steps == 0:
                 save(run)
-    except (SystemExit, UserError, model.CheckpointError, OSError):
+    except (SystemExit, UserError, OSError):
         save(run)
         raise
     save(run)
@@ -354,7 +354,7 @@ def load_network(settings, source, device):
     if settings.lora_rank:
         torch.manual_seed(settings.seed)        # new adapters are the same on all ranks
         model.add_adapters(network, source, settings.lora_rank, settings.model)
-    # deepcopy takes what memo has: the sampler shares the buffers, and its weights are empty.
+    # deepcopy takes memo[id(x)] for a copy of x: buffers are shared, weights empty until gathered.
     memo = {}
     for buffer in network.buffers():
         memo[id(buffer)] = buffer
@@ -365,8 +365,8 @@ def load_network(settings, source, device):
     if on_gpu:
         needed = 0
         for weight in network.parameters():
-            # Bytes: 2 to sample, on each rank; and sharded, 4 for itself or frozen in bfloat16 2,
-            # and if it is trained 4 for its gradient and 8 for AdamW's moments.
+            # Bytes: 2 to sample, on each rank. Sharded: trained 4 + 4 (gradient) + 8 (moments),
+            # frozen 4, or 2 beside LoRA, where it stays bfloat16.
             frozen = 2 if settings.lora_rank else 4
             kept = 16 if weight.requires_grad else frozen
             share = 0 if settings.cpu_offload else kept / dist.get_world_size()
@@ -379,7 +379,7 @@ def load_network(settings, source, device):
     policy = fsdp.MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32,
                                        cast_forward_inputs=False)
     offload = fsdp.CPUOffloadPolicy(on_gpu) if settings.cpu_offload else fsdp.OffloadPolicy()
-    # A block's weights are gathered for its turn. Embedding and output head are the root's.
+    # Each block is a unit, the root has embedding and head. This moves them to the GPU, in place.
     blocks = [m for m in network.modules() if isinstance(m, GradientCheckpointingLayer)]
     for module in [*blocks, network]:
         fsdp.fully_shard(module, mp_policy=policy, offload_policy=offload)
@@ -388,7 +388,7 @@ def load_network(settings, source, device):
         network.float()
     if settings.checkpoint_activations:
         network.vlm.activation_checkpointing_enable({"use_reentrant": False})
-        # Else patches ask for a gradient, and a frozen tower runs again and backward for it.
+        # That makes inputs ask for gradients: a frozen tower would run again, and backward.
         network.vlm.disable_input_require_grads()
         network.train()     # else transformers recomputes nothing
     return network, sampler
@@ -490,7 +490,7 @@ def resume(run):
         run.evaluated = state["evaluated"]
         run.votes = Counter(state["votes"])
         reader = dcp.HuggingFaceStorageReader(str(last / STATE))
-        # In place: these tensors are the network's and the optimizer's own.
+        # In place: these are the network's tensors, and AdamW's, which tensors() has made.
         dcp.load(tensors(run), storage_reader=reader, no_dist=dist.get_world_size() == 1)
     if is_first():
         for log in run.directory.glob("*.jsonl"):
