@@ -43,7 +43,7 @@ def draw(settings):
     figure, panels = pyplot.subplots(1, len(PANELS), figsize=(11, 2.6), layout="constrained")
     for panel, name in zip(panels, PANELS):
         for run in runs:
-            steps, values = report.line_of(run, name)
+            steps, values = report.line_of(run.steps, name)
             if len(steps) == 0:
                 raise data.UserError(f"{run.name}: no {name}; give runs of --method visurf")
             panel.plot(steps, report.smooth(values), label=Path(run.name).name, linewidth=1.2)
