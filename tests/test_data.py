@@ -400,24 +400,6 @@ def test_a_label_is_tokenised_as_one_string(load_processor):
     assert processor.decode([]) == processor.decode([], finished=False) == ""
 
 
-@pytest.mark.parametrize("label", [LABEL, LABEL * 3, [], "two words"])
-def test_a_label_too_long_for_any_completion_names_its_row_and_both_numbers(load_processor, label):
-    """Its shortest text and the end token must fit, as a completion's must. Evaluation sets no limit."""
-    task = MATH if isinstance(label, str) else GROUNDING
-    sample = make_sample(Image.new("RGB", (100, 60)), where="a.jsonl, row 3")
-    sample.label = label
-    example = load_processor("qwen2_vl", task, image_size=56).encode(sample)
-    length = min(len(example_ids) for example_ids in (
-        load_processor("qwen2_vl").token_ids(visurf.align_label(example.label, style) + "<|im_end|>")
-        for style in visurf.STYLES))
-    enough = load_processor("qwen2_vl", task, image_size=56, max_completion_length=length)
-    assert enough.encode(sample).label == example.label
-    short = load_processor("qwen2_vl", task, image_size=56, max_completion_length=length - 1)
-    message = mistake(short.encode, sample)
-    assert message.startswith(f"a.jsonl, row 3: a label of {length} tokens")
-    assert f"--max_completion_length {length - 1} is too low" in message
-
-
 def in_original(example):
     """The label in pixels of the original image, as eval.py reports it."""
     return data.move_objects(example.sample.label, example.sample.frame, example.sample.size)

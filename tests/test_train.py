@@ -441,6 +441,20 @@ def test_weights_that_explode_end_the_run_and_are_not_kept(tmp_path, capsys):
 # ---- Users' mistakes -----------------------------------------------------------------------------
 
 
+def test_a_label_longer_than_any_rollout_is_refused_for_grpo_alone(tmp_path, capsys):
+    """No rollout could be right. The others learn from the label itself."""
+    row = json.loads((ROOT / "assets/digits/train.jsonl").read_text().splitlines()[0])
+    row["solution"] = [{"bbox_2d": [1, 1, 9 + i, 9], "point_2d": [5, 5]} for i in range(8)]
+    file = tmp_path / "long.jsonl"
+    file.write_text(json.dumps(row))
+    flags = "--data", file, "--max_steps", 1, "--batch_size", 1
+    line = expect_exit(tmp_path, capsys, *flags, "--method", "rlvr", name="rlvr")
+    assert f"{file}, row 1: a label that is longer than --max_completion_length" in line
+    for name, more in (("visurf", ()), ("sft", ("--method", "sft")),
+                       ("longer", ("--method", "rlvr", "--max_completion_length", 400))):
+        assert checkpoints(run(tmp_path, *flags, *more, name=name)) == ["checkpoint-1"]
+
+
 def grounding_file(tmp_path, **changes) -> Path:
     """JSON lines with one good row, and one with `changes`; None removes a column."""
     from PIL import Image
