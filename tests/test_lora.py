@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from test_model import PROMPTS, plain_log_probs
 from test_train import checkpoints, expect_exit, make_run, records, run
 
-import data
 import eval as evaluation
 import model
 import train
