@@ -4,8 +4,7 @@
 
 A label is a list of objects {"bbox_2d": [x1, y1, x2, y2], "point_2d": [x, y]}, [] if nothing is
 there, or else a text. Corners are edges of pixels, so a box is x2 - x1 wide. Coordinates run to a
-frame, a (width, height): that of the original image, of the resized one, or (1000, 1000).
-"""
+frame, a (width, height): that of the original image, of the resized one, or (1000, 1000)."""
 
 import base64
 import json
@@ -34,13 +33,10 @@ COORDINATES = {"qwen2_vl": "relative", "qwen2_5_vl": "pixels", "qwen3_vl": "rela
 class UserError(ValueError):
     """A user's mistake: where it is, what is wrong, and the remedy."""
 
-class DataError(UserError):
-    """Data that cannot be used."""
-
-def require(condition, message, error=UserError):
-    """Raise an error, with this message, unless the condition holds."""
+def require(condition, message):
+    """Raise UserError, with this message, unless the condition holds."""
     if not condition:
-        raise error(message)
+        raise UserError(message)
 
 # ---- Tasks ---------------------------------------------------------------------------------------
 BOXES = ("For each give its bounding box [x1, y1, x2, y2] and one point [x, y] on it, in whole "
@@ -106,7 +102,7 @@ class Sample:
     choices: list = field(default_factory=list)      # the texts of A, B, ...
 
 def load_samples(source, task, split="train", limit=0, skip_bad_rows=False):
-    """All samples of a file, folder or hub id, or the first `limit`, checked; else DataError."""
+    """All samples of a file, folder or hub id, or the first `limit`, checked; else UserError."""
     require(task.kind != "math" or find_spec("math_verify"), "math needs: pip install math-verify")
     source = source or (task.data if split == "train" else task.eval_data)
     require(source, f"task {task.name} has no {split} data of its own: give --data PATH")
@@ -125,9 +121,9 @@ def load_samples(source, task, split="train", limit=0, skip_bad_rows=False):
             samples.append(read_sample(rows, number, path, task, where))
         # Python's own messages are useful too: "cannot reshape array of size 3".
         except (ValueError, TypeError, ArithmeticError, RecursionError) as error:
-            require(skip_bad_rows, f"{where}: {error}; see --skip_bad_rows", DataError)
+            require(skip_bad_rows, f"{where}: {error}; see --skip_bad_rows")
             bad_rows += 1
-    require(samples, f"{path}: no good row, {bad_rows} bad ones; give other data", DataError)
+    require(samples, f"{path}: no good row, {bad_rows} bad ones; give other data")
     if bad_rows and os.environ.get("RANK", "0") == "0":
         print(f"{path}: {bad_rows} bad rows skipped")
     return samples
@@ -151,7 +147,7 @@ def open_rows(path, split):
         # Whatever is given counts as "train". Arrow's format leaves images encoded till their turn.
         return load_dataset("parquet", data_files=files, split="train").with_format("arrow")
     except Exception as error:           # damaged files make it raise nearly anything
-        raise DataError(f"{path}: no readable {split} data ({error!r:.300}); give JSON lines "
+        raise UserError(f"{path}: no readable {split} data ({error!r:.300}); give JSON lines "
                         f"(.jsonl) or Parquet (pip install datasets); {CONVERTER}") from None
 
 def first_of(row, names):
@@ -198,8 +194,7 @@ def read_sample(rows, number, path, task, where):
     require(not re.search(r"<\|[a-z_]{2,}\|>|[\ud800-\udfff]", f"{question} {label}"),
             "a control token or half a character in the question or the answer")
     name = first_of(row | {"row": where}, ("id", "image_id", "row"))
-    choices = list(map(str, choices))
-    return Sample(str(name), question, image, label, frame, size, where, choices)
+    return Sample(str(name), question, image, label, frame, size, where, list(map(str, choices)))
 
 def read_label(row, task, frame, choices):
     """A row's label, read like an answer: what no completion could say is an error."""
@@ -275,7 +270,7 @@ def open_image(source, only_size=False):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except Exception as error:           # damaged files make Pillow raise nearly anything
-        raise DataError(f"unreadable image ({error})") from None
+        raise UserError(f"unreadable image ({error})") from None
 
 def move_objects(objects, src_frame, dst_frame, round_to_int=False):
     """New objects with the same boxes and points in another frame; a text, or None, stays."""
@@ -317,9 +312,6 @@ class Processor:
                 path, max_pixels=self.image_size ** 2, merge_size=vision.spatial_merge_size,
                 patch_size=vision.patch_size, temporal_patch_size=vision.temporal_patch_size)
             self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-            template = Path(path, "chat_template.json")
-            if template.exists():                  # where transformers 4 wrote it
-                self.tokenizer.chat_template = json.loads(template.read_text())["chat_template"]
             # If its files are missing, transformers makes an empty tokenizer.
             image_id = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
             require(image_id == config.image_token_id, "its tokenizer is another model's")
@@ -341,7 +333,7 @@ class Processor:
                 image = image.resize((side, side), Image.Resampling.BILINEAR)
             batch = self.image_processor(image, do_resize=self.task.keep_shape, return_tensors="pt")
         except ValueError as error:
-            raise DataError(f"{sample.where}: {error}") from None
+            raise UserError(f"{sample.where}: {error}") from None
         _, rows, columns = batch["image_grid_thw"][0].tolist()
         frame = (columns * patch, rows * patch) if self.coordinates == "pixels" else (1000, 1000)
 

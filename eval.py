@@ -109,7 +109,7 @@ def evaluate(network, processor, samples, max_new_tokens=512, batch_size=32, cud
         for sample in shared[first : first + batch_size]:
             try:
                 examples.append(processor.encode(sample))
-            except data.DataError as error:
+            except UserError as error:
                 bad_rows.append(str(error))
         completions = model.generate(network, examples, 1, max_new_tokens, temperature=0,
                                      cuda_graph=cuda_graph)

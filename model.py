@@ -17,8 +17,7 @@ Shapes
     N   completions of each prompt       T   completion tokens, right-padded
     R   rows being decoded, B*N          S   tokens of the flat sequence: B*P, then completions'
     D   hidden size                      V   vocabulary          M   tokens to be scored
-    H   query heads, K key/value heads, g = H/K query heads for each of them, E size of a head
-"""
+    H   query heads, K key/value heads, g = H/K query heads for each of them, E size of a head"""
 
 import json
 from pathlib import Path
@@ -57,8 +56,7 @@ class GroupPolicy(nn.Module):
     def forward(self, batch, completions, mask, temperature=1.0):
         """Float32 log-probs (B, N, T) of completions (B, N, T) under softmax(logits / temperature).
 
-        mask (B, N, T) is True on tokens and False on the padding behind them, which gets 0.
-        """
+        mask (B, N, T) is True on tokens and False on the padding behind them, which gets 0."""
         _, N, T = completions.shape
         B, P = batch.ids.shape
         # A token is predicted from the one before: token t is an input if there is a token t + 1.
@@ -69,8 +67,7 @@ class GroupPolicy(nn.Module):
         positions = torch.cat([prompt_positions, after_prompt], dim=1)  # (3, S)
         hidden = self.hidden_states(batch, positions, attend, completions[b, n, t])  # (S, D)
         # The state that predicts token t: the prompt's last if t = 0, or else that of token t - 1.
-        last = batch.lengths - 1 + P * torch.arange(B, device=mask.device)
-        source = last[:, None, None].repeat(1, N, T)
+        source = batch.last_tokens()[:, None, None].repeat(1, N, T)
         source[b, n, t + 1] = torch.arange(B * P, len(hidden), device=mask.device)
         tokens = mask.nonzero(as_tuple=True)
         states = hidden.index_select(0, source[tokens])  # (M, D)
@@ -79,13 +76,12 @@ class GroupPolicy(nn.Module):
                                      temperature, forbidden)  # (M,)
         return values.new_zeros(mask.shape).index_put(tokens, values)
 
-    def hidden_states(self, batch, positions, attend, completion_ids=None):
+    def hidden_states(self, batch, positions, attend, completion_ids):
         """Final hidden states (S, D) of the prompts and completions, at `positions` (3, S)."""
-        ids = batch.ids.flatten()
-        if completion_ids is not None:
-            ids = torch.cat([ids, completion_ids])
+        ids = torch.cat([batch.ids.flatten(), completion_ids])
         # Where images end, on the CPU: a GPU tensor would make every vision block wait.
-        ends = batch.grid_thw.cpu().prod(dim=1).cumsum(dim=0, dtype=torch.int32)
+        patches = batch.grid_thw.cpu().prod(dim=1)  # (images,)
+        ends = patches.cumsum(dim=0, dtype=torch.int32)
         output = self.vlm.model(input_ids=ids[None], position_ids=positions[:, None],
                                 pixel_values=batch.pixels, image_grid_thw=batch.grid_thw,
                                 image_cu_seqlens=F.pad(ends, (1, 0)), use_cache=False,
@@ -122,11 +118,16 @@ class PromptBatch(NamedTuple):
     @classmethod
     def from_prompts(cls, prompts, config=None, device="cpu"):
         """Build from objects with .ids (P,), .pixels (patches, ...) and .grid_thw (images, 3)."""
-        return cls(
-            ids=pad_sequence([prompt.ids for prompt in prompts], batch_first=True).to(device),
-            lengths=torch.tensor([len(prompt.ids) for prompt in prompts], device=device),
-            pixels=torch.cat([prompt.pixels for prompt in prompts]).to(device),
-            grid_thw=torch.cat([prompt.grid_thw for prompt in prompts]).to(device))
+        ids = pad_sequence([prompt.ids for prompt in prompts], batch_first=True)
+        lengths = torch.tensor([len(prompt.ids) for prompt in prompts])
+        pixels = torch.cat([prompt.pixels for prompt in prompts])
+        grid_thw = torch.cat([prompt.grid_thw for prompt in prompts])
+        return cls(*[tensor.to(device) for tensor in (ids, lengths, pixels, grid_thw)])
+
+    def last_tokens(self):
+        """Where the prompts' last tokens are in the flat sequence, (B,)."""
+        B, P = self.ids.shape
+        return self.lengths - 1 + P * torch.arange(B, device=self.ids.device)
 
 def pad_completions(groups):
     """B groups of N token-id tensors -> ids (B, N, T), right-padded, mask True on real tokens."""
@@ -151,11 +152,8 @@ class GroupAttention:
 
     The flat sequence holds B*P prompt tokens and then the completions' inputs, those that are True
     in `real` (B, N, T): T is one less here, as a last token is no input. Under a causal mask, no
-    prompt token sees its padding. store(layer, k, v) gets the prompts' keys and values, by layer.
-    """
-    def __init__(self, lengths, P, real=None, store=None):
-        if real is None:
-            real = torch.zeros(len(lengths), 1, 0, dtype=torch.bool, device=lengths.device)
+    prompt token sees its padding. store(layer, k, v) gets the keys and values of the prompts."""
+    def __init__(self, lengths, P, real, store=None):
         self.lengths = lengths
         self.B = len(lengths)
         self.P = P
@@ -175,10 +173,15 @@ class GroupAttention:
         output = output.transpose(1, 2).flatten(0, 1)  # (B*P, H, E)
         if len(self.where[0]) == 0:
             return output
-        # Each completion gets a copy of its prompt's few keys and values, for one fused call.
-        keys = torch.cat([prompt_k.repeat_interleave(self.N, dim=0), self.completions(k)], dim=2)
-        values = torch.cat([prompt_v.repeat_interleave(self.N, dim=0), self.completions(v)], dim=2)
-        return torch.cat([output, self.attend_completions(self.completions(q), keys, values)])
+        keys = self.with_prompt(prompt_k, k)
+        values = self.with_prompt(prompt_v, v)
+        completions = self.attend_completions(self.completions(q), keys, values)
+        return torch.cat([output, completions])
+
+    def with_prompt(self, prompt_x, x):
+        """Each completion's keys or values behind a copy of its prompt's: (B*N, K, P+T, E)."""
+        copies = prompt_x.repeat_interleave(self.N, dim=0)
+        return torch.cat([copies, self.completions(x)], dim=2)
 
     def attend_completions(self, q, keys, values):
         """Completions' q (B*N, H, T, E), keys and values (B*N, K, P+T, E) -> (S - B*P, H, E)."""
@@ -188,8 +191,8 @@ class GroupAttention:
         if self.bias is None:
             self.bias = self.make_bias(g, q.dtype)
         # With a mask, CUDA's fused kernels lack GQA: the g heads of a key become g*T queries.
-        output = F.scaled_dot_product_attention(q.reshape(rows, K, g * T, E), keys, values,
-                                                attn_mask=self.bias)
+        q = q.reshape(rows, K, g * T, E)
+        output = F.scaled_dot_product_attention(q, keys, values, attn_mask=self.bias)
         # Not view: the memory-efficient kernel of CUDA returns another layout than the CPU's.
         output = output.reshape(self.B, self.N, H, T, E).transpose(2, 3)
         return output[self.where]
@@ -200,13 +203,15 @@ class GroupAttention:
         real = (place < self.lengths[:, None]) | (place >= self.P)  # (B, P+T)
         past = place <= place[self.P :, None]  # (T, P+T)
         bias = torch.where(real[:, None] & past, 0.0, -torch.inf).to(dtype)  # (B, T, P+T)
-        # On CUDA, rows must begin at multiples of 8 numbers: pad, and give a view without padding.
-        bias = F.pad(bias, (0, -len(place) % 8)).repeat(1, g, 1)
+        # CUDA wants rows that begin at multiples of 8 numbers: this is a view of padded ones.
+        bias = F.pad(bias, (0, -len(place) % 8))
+        bias = bias.repeat(1, g, 1)  # (B, g*T, padded)
         return bias.repeat_interleave(self.N, dim=0)[:, None, :, : len(place)]
 
     def prompts(self, x):
         """The prompts' part of x (heads, S, E), as (B, heads, P, E)."""
-        return x[:, : self.B * self.P].unflatten(1, (self.B, self.P)).transpose(0, 1)
+        tokens = x[:, : self.B * self.P]  # (heads, B*P, E)
+        return tokens.unflatten(1, (self.B, self.P)).transpose(0, 1)
 
     def completions(self, x):
         """The completions' part of x (heads, S, E), padded: (B*N, heads, T, E)."""
@@ -217,8 +222,7 @@ class GroupAttention:
 # ---- Log-probs without the logits of a whole batch in memory -----------------------------------
 class TokenLogProbs(torch.autograd.Function):
     """log softmax(hidden @ weight.T / temperature)[targets], (M,) float32.
-    hidden (M, D), weight (V, D), targets (M,). Backward computes logits again, CHUNK at a time.
-    """
+    hidden (M, D), weight (V, D), targets (M,). Backward computes logits again, CHUNK at a time."""
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, forbidden):
         totals = hidden.new_empty(len(hidden), 1, dtype=torch.float32)
@@ -246,7 +250,8 @@ class TokenLogProbs(torch.autograd.Function):
             logits = scaled_logits(hidden[part], weight, ctx.temperature, forbidden)
             # d log p(target) / d logits = one-hot(target) - softmax
             softmax = logits.sub_(totals[part]).exp_()
-            d_logits = softmax.mul_(-g).scatter_add_(1, targets[part, None], g).to(weight.dtype)
+            d_logits = softmax.mul_(-g).scatter_add_(1, targets[part, None], g)
+            d_logits = d_logits.to(weight.dtype)
             grad_hidden[part] = d_logits @ weight
             if grad_weight is None:
                 continue
@@ -283,8 +288,7 @@ def generate(network, prompts, num_generations=1, max_new_tokens=256, temperatur
              cuda_graph=True):
     """Sample num_generations Completions of each prompt; temperature 0 is greedy decoding.
     seeds: an integer below 2**32 for each prompt (default 0, 1, ...) decides all random numbers
-    of its rollouts, whatever else is in the batch. cuda_graph changes only the time.
-    """
+    of its rollouts, whatever else is in the batch. cuda_graph changes only the time."""
     if not prompts:
         return []
     decoder = Decoder(network, prompts, num_generations, max_new_tokens, cuda_graph)
@@ -324,8 +328,9 @@ def generate(network, prompts, num_generations=1, max_new_tokens=256, temperatur
     ended = torch.isin(ids, stop.cpu())
     groups = [[] for _ in prompts]
     for r, finished in enumerate(ended.any(dim=1).tolist()):
-        # argmax is the place of the first True.
-        length = int(ended[r].int().argmax()) + 1 if finished else ids.shape[1]
+        length = ids.shape[1]
+        if finished:
+            length = int(ended[r].int().argmax()) + 1  # argmax: the place of the first True
         completion = Completion(ids[r, :length], logprobs[r, :length], finished)
         groups[r // num_generations].append(completion)
     return groups
@@ -343,8 +348,7 @@ def draw(probabilities, uniform):
 class Decoder:
     """Runs each prompt once, then one token of each row a step, with a KV cache.
     A prompt's keys and values are kept once, for all its rows. On CUDA a step is captured as a
-    graph, whose shapes are fixed: attention then reads all slots, and empty ones are masked.
-    """
+    graph, whose shapes are fixed: attention then reads all slots, and empty ones are masked."""
     def __init__(self, network, prompts, N, max_tokens, cuda_graph):
         device = network.vlm.lm_head.weight.device
         self.network = network
@@ -371,10 +375,11 @@ class Decoder:
 
     def prefill(self):
         """Hidden states (R, D) of the prompts' last tokens, equal for all rows of a prompt."""
-        attend = GroupAttention(self.batch.lengths, self.P, store=self.store_prompts)
-        hidden = self.network.hidden_states(self.batch, self.prompt_positions, attend)
-        last = self.batch.lengths - 1 + self.P * torch.arange(self.B, device=hidden.device)
-        return hidden[last].repeat_interleave(self.N, dim=0)
+        batch = self.batch
+        no_completions = batch.ids.new_zeros(self.B, 1, 0, dtype=torch.bool)
+        attend = GroupAttention(batch.lengths, self.P, no_completions, self.store_prompts)
+        hidden = self.network.hidden_states(batch, self.prompt_positions, attend, self.tokens[:0])
+        return hidden[batch.last_tokens()].repeat_interleave(self.N, dim=0)
 
     def store_prompts(self, layer, k, v):
         """Keep a layer's prompt keys and values, (B, K, P, E) each, and make room for the rows'."""
@@ -422,16 +427,19 @@ class Decoder:
         keys, values = cache[:, :, : self.window]
         prompt_keys, prompt_values = self.prompts[layer]
         # In memory (K, B, N, g): (K*R, g) for a row's own keys, (K*B, N*g) for its prompt's.
-        q = (q * E**-0.5).view(K, g, R, E).transpose(1, 2).reshape(K * R, g, E)
+        q = (q * E**-0.5).view(K, g, R, E)
+        q = q.transpose(1, 2).reshape(K * R, g, E)
         on_prompt = product(q.view(K * self.B, -1, E), prompt_keys)  # (K*B, N*g, P)
-        on_own = product(q, keys.mT).view(K * self.B, -1, self.window)
+        on_own = product(q, keys.mT)  # (K*R, g, window)
+        on_own = on_own.view(K * self.B, -1, self.window)
         scores = torch.cat([on_prompt, on_own], dim=-1)
         mask = self.mask[..., : self.P + self.window]
         weights = (scores + mask).softmax(dim=-1).to(q.dtype)
         for_prompt, for_own = weights.split([self.P, self.window], dim=-1)
         output = torch.bmm(for_prompt, prompt_values).view(K * R, g, E)
         output = output.baddbmm(for_own.reshape(K * R, g, -1), values)
-        return output.view(K, R, g, E).transpose(0, 1).reshape(R, K * g, E)
+        output = output.view(K, R, g, E).transpose(0, 1)
+        return output.reshape(R, K * g, E)
 
 # ---- Files -------------------------------------------------------------------------------------
 def load_pretrained(path, dtype=torch.float32, device="cpu"):
@@ -507,7 +515,7 @@ def find_special_tokens(network, path):
         # Embeddings have more rows than there are words: 151,936 for 151,657 in Qwen2-VL.
         network.forbidden_tokens += range(max(words.values()) + 1, size)
         # Merged checkpoints may name <|endoftext|> alone, which no answer ends with.
-        network.stop_tokens = list({*network.stop_tokens, words["<|im_end|>"]})
+        network.stop_tokens = [*network.stop_tokens, words["<|im_end|>"]]
     wrong = {*network.stop_tokens, *network.forbidden_tokens} - set(range(size))
     if wrong:
         raise ValueError(f"its JSON files name tokens that are no numbers below {size}: {wrong}")
@@ -532,9 +540,7 @@ def read_files(path):
     return files
 
 def save_pretrained(network, directory, source, dtype=torch.bfloat16):
-    """Write a Hugging Face checkpoint, and the other files of `source`, a path or a dict.
-    If there are LoRA adapters, only they are written, in float32, as peft lays them out.
-    """
+    """Write a checkpoint with the other files of `source`, a path or a dict; adapters go alone."""
     directory = Path(directory)
     files = source if isinstance(source, dict) else read_files(source)
     has_adapters = hasattr(network.vlm, "peft_config")

@@ -7,8 +7,7 @@ r"""Rewards: read the answer of a completion, match it with the label, score it 
     accuracy    0 to 3   best one-to-one matching; a pair earns 1 for each of IoU, box L1 and point
     non_repeat  0 or 1   fewer than two sentences are repetitions
 
-Counting also takes a number. Mathematics takes any text: no non_repeat, and the others are 0 or 1.
-"""
+Counting also takes a number. Mathematics takes any text: no non_repeat, the others are 0 or 1."""
 
 import json
 import logging
@@ -189,7 +188,8 @@ def same_answer(predicted, label, choices=()):
             os._exit(not equal_formulas(gold, answer))
         finally:
             os._exit(1)
-    return os.waitpid(child, 0)[1] == 0
+    _, status = os.waitpid(child, 0)
+    return status == 0
 
 @cache
 def equal_formulas(gold, answer):

@@ -7,9 +7,7 @@
     python train.py --resume                                # with the same flags: go on
 
 `train_step`: sample -> align and inject the label -> score -> advantages -> update.
-runs/TASK-METHOD then holds config.json, logs (*.jsonl) and Hugging Face checkpoints,
-checkpoint-STEP/, with a training_state/ for --resume. eval.py measures any of them.
-"""
+runs/TASK-METHOD gets config.json, logs (*.jsonl) and checkpoint-STEP/, for eval.py and --resume."""
 
 import copy
 import json
@@ -37,8 +35,8 @@ import model
 import rewards
 import visurf
 from data import UserError, require
-from eval import (Common, claim, evaluate, flag, format_table, gather, is_first, leave_if_asked,
-                  metrics, my_share, note_signals, on_first_rank, parse, run_program, start,
+from eval import (Common, claim, evaluate, flag, gather, is_first, leave_if_asked, metrics,
+                  my_share, note_signals, on_first_rank, parse, run_program, start,
                   world, write_text)
 
 @dataclass
@@ -151,12 +149,10 @@ def loop(run):
         save(run)
         raise
     save(run)
-    checkpoint = run.directory / f"checkpoint-{run.step}"
-    on_first_rank(print, f"next: eval.py --task {settings.task} --model {checkpoint}")
 
 def vote_before_sft(run):
     """Without rollouts, the network's own answers to 32 questions decide the label's style."""
-    groups, _ = encode_share(run, range(min(32, len(run.samples))))
+    groups, _ = encode_share(run, range(32))
     sample(run, groups, 1, temperature=0)
     vote_for_style(run, groups)
 
@@ -173,9 +169,8 @@ def evaluate_if_due(run):
         require(settings.skip_bad_rows, f"{problem}; see --skip_bad_rows")
     values = metrics(results, run.processor.task)
     on_first_rank(append, run, "evaluations.jsonl", values)
-    # Names and values in turn; the task's own metrics come first.
-    shown = format_table(values).split()[: 2 * len(run.processor.task.metrics)]
-    on_first_rank(print, f"after step {run.step}:", *shown)
+    main = run.processor.task.metrics[0]
+    on_first_rank(print, f"after step {run.step}: {main} {values[main]}")
     run.evaluated = run.step
 
 # ---- A step ------------------------------------------------------------------------------------
@@ -191,9 +186,10 @@ class Group:
     advantages: torch.Tensor | None = None               # (N,) float64
 
     def record(self):
-        return {"question": self.example.sample.question, "texts": self.texts,
-                "lengths": [*map(len, self.ids)], "truncated": self.truncated,
-                "rewards": self.rewards, "advantages": self.advantages.tolist()}
+        return {"question": self.example.sample.question, "label": self.example.label,
+                "texts": self.texts, "lengths": list(map(len, self.ids)),
+                "truncated": self.truncated, "rewards": self.rewards,
+                "advantages": self.advantages.tolist()}
 
 def train_step(run):
     """The method on the next batch: metrics, and a record of each group of all ranks."""
@@ -224,26 +220,26 @@ def train_step(run):
 
 def encode_share(run, indices):
     """This rank's share of the prompts at `indices`, as groups; and how many rows were bad."""
+    settings = run.settings
     groups = []
     bad_rows = []
     for index in my_share(indices):
         epoch, place = divmod(index, len(run.samples))
-        order = np.random.default_rng([run.settings.seed, epoch]).permutation(len(run.samples))
+        order = np.random.default_rng([settings.seed, epoch]).permutation(len(run.samples))
         # The same on any rank. Hashed, because with seed + index, seed 1 would replay seed 0.
-        seed = np.random.SeedSequence([run.settings.seed, index]).generate_state(1)[0]
+        seed = np.random.SeedSequence([settings.seed, index]).generate_state(1)[0]
         try:
             example = run.processor.encode(run.samples[order[place]])
-            shortest = visurf.align_label(example.label, "compact") + data.END
-            too_long = len(run.processor.token_ids(shortest)) > run.settings.max_completion_length
-            # Then no rollout could be right, and GRPO would teach nothing.
-            require(run.settings.method != "rlvr" or not too_long, f"{example.sample.where}: a "
-                    "label that is longer than --max_completion_length", data.DataError)
+            # GRPO has nothing to learn where no rollout could be as long as the label.
+            label = run.processor.token_ids(visurf.align_label(example.label, "compact") + data.END)
+            require(settings.method != "rlvr" or len(label) <= settings.max_completion_length,
+                    f"{example.sample.where}: a label that is longer than --max_completion_length")
             groups.append(Group(example, int(seed)))
-        except data.DataError as error:
+        except UserError as error:
             bad_rows.append(str(error))
     bad_rows = gather(bad_rows)
     for problem in bad_rows:
-        require(run.settings.skip_bad_rows, f"{problem}; see --skip_bad_rows")
+        require(settings.skip_bad_rows, f"{problem}; see --skip_bad_rows")
     return groups, len(bad_rows)
 
 def sample(run, groups, num_generations, temperature):
@@ -300,19 +296,19 @@ def update(run, groups):
         loss.backward()
         loss_sum += loss.item()
     # A mean over ranks, as `total` is: see plan.
-    mean_loss = sum(gather([loss_sum])) / dist.get_world_size()
+    mean_loss = np.mean(gather([loss_sum]))
     norm = 0.0
     if micro_batches:
         norm = torch.nn.utils.clip_grad_norm_(run.network.parameters(), max_norm=1.0)
         norm = norm.full_tensor().item()
     # All ranks see the same sums, so they agree. Without a gradient, a step changes nothing.
-    if total > 0 and np.isfinite(norm) and np.isfinite(mean_loss):
+    if total > 0 and np.isfinite(mean_loss + norm):
         run.optimizer.step()
         run.skipped = 0
     else:
         run.skipped += 1
     run.optimizer.zero_grad()
-    return {"loss": mean_loss, "grad_norm": norm, "skipped": run.skipped}
+    return {"loss": mean_loss, "grad_norm": norm, "clipped": norm > 1, "skipped": run.skipped}
 
 def plan(run, groups):
     """This rank's micro-batches, as many as any other's, and the tokens to divide losses by."""
@@ -423,8 +419,7 @@ def save(run):
     except (OSError, SafetensorError, dcp.CheckpointException, model.CheckpointError) as error:
         on_first_rank(shutil.rmtree, unfinished, True)
         reason = str(error).strip().rpartition("\n")[2]
-        raise UserError(f"{final}: not written ({reason:.300}); --resume goes on from the one "
-                        "before it or, if there is none, from the start") from None
+        raise UserError(f"{final}: not written ({reason:.300}); repair, then --resume") from None
     for old in on_first_rank(own_checkpoints, run.directory)[: -run.settings.keep]:
         # Renamed first: a half-deleted one must not look complete.
         on_first_rank(os.rename, old, unfinished)
@@ -448,7 +443,11 @@ def write_checkpoint(run, directory):
 
 def tensors(run):
     """Training state by name: weights, and AdamW's moments and step counts."""
-    found = {"moments": get_optimizer_state_dict(run.network, run.optimizer)["state"]}
+    found = {}
+    state = get_optimizer_state_dict(run.network, run.optimizer)["state"]
+    for name, moments in state.items():
+        for moment, value in moments.items():
+            found[f"{moment}/{name}"] = value
     for name, weight in run.network.named_parameters():
         if weight.requires_grad or not run.settings.lora_rank:
             found[f"weight/{name}"] = weight.detach()
@@ -460,12 +459,12 @@ def sizes(paths):
 
 def own_checkpoints(directory):
     """The run's checkpoints, the oldest first; an error if anything else has such a name."""
-    paths = []
+    paths = {}
     for path in directory.glob("checkpoint-*"):
         step = model.read_json(path / f"{STATE}.json").get("step")
         require(path.name == f"checkpoint-{step}", f"{path}: holds step {step}; move it away")
-        paths.append(path)
-    return sorted(paths, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+        paths[step] = path
+    return list(map(paths.get, sorted(paths)))
 
 def compare_with_before(directory, config):
     """UserError if the directory holds another run, as --resume cannot change these settings."""
@@ -502,15 +501,21 @@ def summarize(records, settings):
     G = settings.num_generations
     columns = defaultdict(list)
     for record in records:
-        # The label comes after the rollouts.
+        # The label comes after the rollouts; an empty one may teach them something else.
+        kind = "present" if record["label"] else "absent"
         columns["length"] += record["lengths"][:G]
+        for text in record["texts"][:G]:
+            columns[f"thinking/{kind}"].append(rewards.has_thinking(text))
+            columns[f"empty/{kind}"].append(rewards.read_answer(text) == [])
         for components in record["rewards"][:G]:
             columns["reward"].append(sum(components.values()))
             for name, reward in components.items():
                 columns[f"reward/{name}"].append(reward)
         columns["truncated"].append(record["truncated"] / G)
         if settings.method == "visurf":
-            columns["label_active"].append(record["advantages"][-1] != 0)
+            active = record["advantages"][-1] != 0
+            columns["label_active"].append(active)
+            columns[f"label_active/{kind}"].append(active)
     return {name: np.mean(values) for name, values in columns.items()}
 
 def log_step(run, values, records):

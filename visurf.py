@@ -12,8 +12,7 @@ Needs torch alone: copy it. For a prompt x, an image and a question, with the la
 
 With one update per sampling, the ratio rho is 1, and a group's gradient is, up to its scale,
     1/N [ sum_i A_i grad log pi(o_i|x)  +  A_y grad log pi(y|x) ]                      (Eq. 9)
-Shapes: G rollouts, N members, T tokens; "..." are leading axes. Masks are True on real tokens.
-"""
+Shapes: G rollouts, N members, T tokens; "..." are leading axes. Masks are True on real tokens."""
 
 import json
 
@@ -116,8 +115,7 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, epsilon=0.2, total=Non
 
     logprobs, old_logprobs, mask (..., N, T), advantages (..., N). rho is a token's importance ratio
     to the policy that sampled it. With one update per sampling, old_logprobs=logprobs.detach().
-    total: the number of tokens to divide by, if it is the whole batch's and not this mask's.
-    """
+    total: the number of tokens to divide by, if it is the whole batch's and not this mask's."""
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)             # (..., N, T)
     rho = log_ratio.exp()
     A = advantages[..., None].to(rho)                                       # (..., N, 1)

@@ -55,9 +55,7 @@ def whole(run) -> dict:
 
 def dtypes_of(run) -> set:
     """Of all tensors that a checkpoint keeps to go on with."""
-    found = train.tensors(run)
-    states = [state for state in found.pop("moments").values()]
-    return {tensor.dtype for part in (found, *states) for tensor in part.values()}
+    return {tensor.dtype for tensor in train.tensors(run).values()}
 
 
 def steps(run, count: int) -> list[tuple]:

@@ -422,7 +422,7 @@ def change(name, **entries):
     lambda folder: (folder / "preprocessor_config.json").write_text("[]"),
     change("config.json", model_type="llama"),
     change("config.json", image_token_id=1),
-    change("chat_template.json", chat_template="no image"),
+    change("tokenizer_config.json", chat_template="no image"),
     change("tokenizer_config.json", tokenizer_class="NoTokenizer"),
     lambda folder: [file.unlink() for file in folder.glob("[vmt]*")]])
 def test_a_bad_checkpoint_folder_is_one_line(checkpoints, tmp_path, damage):

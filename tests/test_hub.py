@@ -99,9 +99,9 @@ def test_the_readme_s_command_runs_from_nothing_and_fetches_each_file_once(serve
     wanted = {*checkpoint, "data/train-00000-of-00001.parquet"}
     assert fetched(server) == dict.fromkeys(wanted, 1)
 
-    [flags] = re.findall(r"^next: eval.py (.*)$", run.stdout, re.M)
+    [checkpoint] = tmp_path.glob("**/checkpoint-1")
     server.asked.clear()
-    evaluation = call(server, tmp_path, [ROOT / "eval.py", *flags.split(), *SMALL])
+    evaluation = call(server, tmp_path, [ROOT / "eval.py", "--task", "grounding", "--model", checkpoint, *SMALL])
     assert evaluation.returncode == 0, evaluation.stderr
     assert re.search(r"^samples +2$", evaluation.stdout, re.M)
     assert fetched(server) == {"data/test-00000-of-00001.parquet": 1}

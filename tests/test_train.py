@@ -105,13 +105,31 @@ def test_a_run_leaves_a_checkpoint_and_logs(tmp_path, capsys, method):
     assert all(m[name] > 0 for m in metrics for name in ("grad_norm", "rollout_seconds", "update_seconds"))
     assert ("label_active" in metrics[0]) == (method == "visurf")
     assert ("reward/accuracy" in metrics[0]) == (method != "sft")
-    assert f"eval.py --task digits --model {directory / 'checkpoint-2'}" in printed
+    assert "step    2/2" in printed
+    if method != "sft":
+        kinds = {name.partition("/")[2] for name in metrics[0] if name.startswith("empty/")}
+        assert kinds <= {"present", "absent"} and kinds
     assert len(records(directory, "completions")) == 2
     texts = records(directory, "completions")[0]["texts"]
     assert len(texts) == {"visurf": 4, "rlvr": 3, "sft": 1}[method]
     before = model.load_pretrained(TINY).state_dict()
     after = model.load_pretrained(directory / "checkpoint-2").state_dict()
     assert any(not torch.equal(before[name].bfloat16(), after[name]) for name in before)
+
+
+def test_means_of_groups_whose_label_is_empty_stand_apart():
+    """By hand: two groups of two rollouts; the first label, the empty one, is active, and the second is not."""
+    thought, bare = "<think>so</think><answer>[]</answer>", "<answer>[]</answer>"
+    shared = {"lengths": [9, 9, 9], "truncated": 0, "rewards": [{"accuracy": 1.0}] * 3}
+    absent = {**shared, "label": [], "texts": [thought, bare, bare], "advantages": [0, 0, 1]}
+    present = {**shared, "label": [{"bbox_2d": [1, 1, 2, 2]}], "texts": [thought, thought, bare],
+               "advantages": [1, -1, 0]}
+    present["texts"][1] = thought.replace("[]", "[{}]")
+    means = train.summarize([absent, present], train.Settings(num_generations=2))
+    found = {name: value for name, value in means.items() if name.endswith("sent")}
+    assert found == {"thinking/absent": 0.5, "empty/absent": 1.0, "label_active/absent": 1.0,
+                     "thinking/present": 1.0, "empty/present": 0.5, "label_active/present": 0.0}
+    assert means["label_active"] == 0.5
 
 
 SHARED = ROOT.parent / "shared" / "data"
