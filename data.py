@@ -187,8 +187,8 @@ def read_sample(rows, number, path, task, where):
     for width, height in (frame, size):         # not too large: eval.py paints such masks
         require(width > 0 and height > 0 and width * height < 2e8,
                 "a frame or size is two positive numbers, up to 200 megapixels")
-        require((height, width) != upright or width == height,
-                f"{width} x {height} is the image on its side: give it as its EXIF tag turns it")
+        on_its_side = (height, width) == upright and width != height
+        require(not on_its_side, f"{width} x {height}, on its side: give it as EXIF turns it")
     label = read_label(row, task, frame, choices)
     # <|image_pad|> would be one more image, and half a surrogate pair has no tokens.
     require(not re.search(r"<\|[a-z_]{2,}\|>|[\ud800-\udfff]", f"{question} {label}"),

@@ -144,7 +144,7 @@ def metrics(results, task):
         # All intersections over all unions: large objects weigh more than in gIoU.
         means["cIoU"] = means["intersection"] / means["union"]
     if "detected" in means and "N-Acc" in means:
-        # Answers say yes or no, so the ROC curve has one corner.
+        # Yes or no: the curve has one corner, of samples with (detected) and without a defect.
         means["ROC-AUC"] = (means["detected"] + means["N-Acc"]) / 2
     names = (*task.metrics, "well_formed", "thinking", "truncated", "length", "reward")
     return {name: means.get(name) for name in names} | {"samples": len(results)}
@@ -152,7 +152,7 @@ def metrics(results, task):
 def measure(result, kind="objects"):
     """The scores of one answer, as in the authors' evaluation; an unreadable one is wrong."""
     predicted = result["prediction"]
-    # Mathematics keeps the reward's accuracy; for objects the metric replaces it.
+    # The reward has an "accuracy", too: mathematics keeps it, for objects the metric replaces it.
     scores = result["reward"] | {"reward": sum(result["reward"].values())}
     scores |= {name: result[name] for name in ("thinking", "truncated", "length")}
     scores["well_formed"] = predicted is not None
@@ -180,7 +180,7 @@ def measure_objects(predicted, label, size):
     scores["gIoU"] = intersection / max(union, 1)
     # For anomalies, anything that is listed says that there is a defect.
     scores["detected"] = scores["anomaly_acc"] = bool(predicted)
-    # accuracy, the authors': any box, or the one around all, has IoU > 0.5 with the label's hull.
+    # accuracy, the authors': a listed box, or the hull of all, has IoU > 0.5 with the label's hull.
     overlaps = rewards.iou([*boxes, box_around(boxes)], box_around(true_boxes))
     scores["accuracy"] = (overlaps > 0.5).any()
     # one_to_one, ours: an object too many costs as much as one too few.

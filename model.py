@@ -59,18 +59,18 @@ class GroupPolicy(nn.Module):
         mask (B, N, T) is True on tokens and False on the padding behind them, which gets 0."""
         _, N, T = completions.shape
         B, P = batch.ids.shape
-        # A token is predicted from the one before: token t is an input if there is a token t + 1.
+        # Input t of a completion predicts its token t + 1, so its last token is no input.
         attend = GroupAttention(batch.lengths, P, mask[:, :, 1:])
-        b, n, t = attend.where  # of each input, a token that another one follows
+        b, n, t = attend.where  # prompt, completion and place of each input
         prompt_positions, next_position = self.positions(batch)
         after_prompt = (next_position[b] + t).expand(3, -1)  # M-RoPE's axes are equal in text
         positions = torch.cat([prompt_positions, after_prompt], dim=1)  # (3, S)
         hidden = self.hidden_states(batch, positions, attend, completions[b, n, t])  # (S, D)
-        # The state that predicts token t: the prompt's last if t = 0, or else that of token t - 1.
-        source = batch.last_tokens()[:, None, None].repeat(1, N, T)
-        source[b, n, t + 1] = torch.arange(B * P, len(hidden), device=mask.device)
+        # Which row of `hidden` predicts each token: the prompt's last one, then those of inputs.
+        predictor = batch.last_tokens()[:, None, None].repeat(1, N, T)
+        predictor[b, n, t + 1] = torch.arange(B * P, len(hidden), device=mask.device)
         tokens = mask.nonzero(as_tuple=True)
-        states = hidden.index_select(0, source[tokens])  # (M, D)
+        states = hidden.index_select(0, predictor[tokens])  # (M, D)
         forbidden = torch.tensor(self.forbidden_tokens, dtype=torch.long, device=mask.device)
         values = TokenLogProbs.apply(states, self.vlm.lm_head.weight, completions[tokens],
                                      temperature, forbidden)  # (M,)
@@ -316,7 +316,7 @@ def generate(network, prompts, num_generations=1, max_new_tokens=256, temperatur
         ids.append(tokens[:, 0])
         logprobs.append(probabilities.gather(1, tokens).log()[:, 0])
         running &= ~torch.isin(ids[t], stop)
-        # On a GPU only now and then: the check waits for it.
+        # On a GPU only now and then, as the check waits for it.
         check_now = t % 8 == 0 or device.type == "cpu"
         if t + 1 == max_new_tokens or (check_now and not running.any()):
             break
@@ -426,7 +426,7 @@ class Decoder:
         cache = self.rows[layer].index_copy_(2, self.slot, own)  # (2, K*R, max_tokens, E)
         keys, values = cache[:, :, : self.window]
         prompt_keys, prompt_values = self.prompts[layer]
-        # In memory (K, B, N, g): (K*R, g) for a row's own keys, (K*B, N*g) for its prompt's.
+        # R is B*N: a row's g queries meet its own keys, a prompt's N*g queries the prompt's keys.
         q = (q * E**-0.5).view(K, g, R, E)
         q = q.transpose(1, 2).reshape(K * R, g, E)
         on_prompt = product(q.view(K * self.B, -1, E), prompt_keys)  # (K*B, N*g, P)
@@ -487,7 +487,7 @@ def add_adapters(network, folder, rank=None, base=None):
     try:
         import peft
         if find_base(folder) == folder:
-            # It has none. The name is what peft writes, and find_base reads.
+            # A folder without adapters. Peft writes the name, which find_base reads.
             vlm.name_or_path = str(base)
             vlm.add_adapter(peft.LoraConfig(r=rank, lora_alpha=2 * rank,
                                             target_modules=r".*language_model.*_proj"))

@@ -100,7 +100,7 @@ def format_score(predicted, label):
         return 2.0
     if predicted:
         return sum(map(len, predicted)) / len(predicted)
-    # A right "[]" earns all, or else false boxes would earn more here; a wrong one earns nothing.
+    # A right "[]" earns all, or inventing boxes would earn more; a wrong one earns nothing.
     return 2.0 if predicted == [] and count(label) == 0 else 0.0
 
 def count(answer):
@@ -112,7 +112,7 @@ def accuracy_score(predicted, label, frame, iou_above=0.5, l1_below=10, distance
     if predicted is None:
         return 0.0
     if not predicted or not label or isinstance(predicted, str) or isinstance(label, str):
-        # A bare number earns little where objects could be shown.
+        # Without pairs, numbers decide; a bare number earns little where objects could be shown.
         best = 1.0 if isinstance(predicted, str) and isinstance(label, list) else 3.0
         return best if count(predicted) == count(label) else 0.0
     # What is missing cannot earn: it becomes a box without area, or a point outside of any box.
@@ -150,7 +150,7 @@ def match(gains):
     """
     gains = np.asarray(gains, int)
     n, m = gains.shape
-    # m rows that are worth nothing, for columns that win none, and one more as a second best.
+    # m more rows, worth nothing, for columns that win none; one more, so there is a second best.
     worth = np.pad(gains, ((0, m + 1), (0, 0)))
     prices = np.zeros(n + m + 1)
     owners = np.full(n + m + 1, -1)
@@ -159,7 +159,7 @@ def match(gains):
         column = bidders.pop()
         net = worth[:, column] - prices
         second, best = np.argsort(net)[-2:]
-        # Each overbids by 1/(m + 1): m pairs end less than 1 below the best, so at it, being whole.
+        # Overbids of 1/(m + 1) keep the sum within m/(m + 1) of the best; both are whole: equal.
         prices[best] += net[best] - net[second] + 1 / (m + 1)
         if owners[best] >= 0:
             bidders.append(owners[best])

@@ -169,8 +169,8 @@ def evaluate_if_due(run):
         require(settings.skip_bad_rows, f"{problem}; see --skip_bad_rows")
     values = metrics(results, run.processor.task)
     on_first_rank(append, run, "evaluations.jsonl", values)
-    main = run.processor.task.metrics[0]
-    on_first_rank(print, f"after step {run.step}: {main} {values[main]}")
+    metric = run.processor.task.metrics[0]
+    on_first_rank(print, f"after step {run.step}: {metric} {values[metric]}")
     run.evaluated = run.step
 
 # ---- A step ------------------------------------------------------------------------------------
@@ -301,7 +301,7 @@ def update(run, groups):
     if micro_batches:
         norm = torch.nn.utils.clip_grad_norm_(run.network.parameters(), max_norm=1.0)
         norm = norm.full_tensor().item()
-    # All ranks see the same sums, so they agree. Without a gradient, a step changes nothing.
+    # All ranks see the same sums, so they agree. AdamW leaves weights without a gradient alone.
     if total > 0 and np.isfinite(mean_loss + norm):
         run.optimizer.step()
         run.skipped = 0
@@ -350,7 +350,8 @@ def load_network(settings, source, device):
     if settings.lora_rank:
         torch.manual_seed(settings.seed)        # new adapters are the same on all ranks
         model.add_adapters(network, source, settings.lora_rank, settings.model)
-    # deepcopy takes memo[id(x)] for a copy of x: buffers are shared, weights empty until gathered.
+    # The sampler is a copy without FSDP's hooks. By this memo, deepcopy shares the buffers, and
+    # gives it weights that are empty until `gathered` lends it the network's.
     memo = {}
     for buffer in network.buffers():
         memo[id(buffer)] = buffer
@@ -361,8 +362,7 @@ def load_network(settings, source, device):
     if on_gpu:
         needed = 0
         for weight in network.parameters():
-            # Bytes: 2 to sample, on each rank. Sharded: trained 4 + 4 (gradient) + 8 (moments),
-            # frozen 4, or 2 beside LoRA, where it stays bfloat16.
+            # Sharded bytes: 16 with gradient and moments; frozen 4, or 2 (bfloat16) beside LoRA.
             frozen = 2 if settings.lora_rank else 4
             kept = 16 if weight.requires_grad else frozen
             share = 0 if settings.cpu_offload else kept / dist.get_world_size()
@@ -375,16 +375,16 @@ def load_network(settings, source, device):
     policy = fsdp.MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32,
                                        cast_forward_inputs=False)
     offload = fsdp.CPUOffloadPolicy(on_gpu) if settings.cpu_offload else fsdp.OffloadPolicy()
-    # Each block is a unit, the root has embedding and head. This moves them to the GPU, in place.
+    # Each block is a unit, the root has embedding and head. Buffers move to the GPU in place.
     blocks = [m for m in network.modules() if isinstance(m, GradientCheckpointingLayer)]
     for module in [*blocks, network]:
         fsdp.fully_shard(module, mp_policy=policy, offload_policy=offload)
-    # Not before: whole float32 weights need not fit on a rank. What LoRA freezes stays bfloat16.
+    # Only now, as whole float32 weights need not fit on a rank. What LoRA freezes stays bfloat16.
     if not (settings.lora_rank and on_gpu):
         network.float()
     if settings.checkpoint_activations:
         network.vlm.activation_checkpointing_enable({"use_reentrant": False})
-        # That makes inputs ask for gradients: a frozen tower would run again, and backward.
+        # The line before makes inputs ask for gradients: a frozen tower would learn for nothing.
         network.vlm.disable_input_require_grads()
         network.train()     # else transformers recomputes nothing
     return network, sampler
@@ -489,7 +489,7 @@ def resume(run):
         run.evaluated = state["evaluated"]
         run.votes = Counter(state["votes"])
         reader = dcp.HuggingFaceStorageReader(str(last / STATE))
-        # In place: these are the network's tensors, and AdamW's, which tensors() has made.
+        # In place: tensors() gives the network's own, and AdamW's, which it makes if need be.
         dcp.load(tensors(run), storage_reader=reader, no_dist=dist.get_world_size() == 1)
     if is_first():
         for log in run.directory.glob("*.jsonl"):
@@ -501,7 +501,7 @@ def summarize(records, settings):
     G = settings.num_generations
     columns = defaultdict(list)
     for record in records:
-        # The label comes after the rollouts; an empty one may teach them something else.
+        # Labels come last. Empty ones (absent) may teach otherwise, so they are told apart.
         kind = "present" if record["label"] else "absent"
         columns["length"] += record["lengths"][:G]
         for text in record["texts"][:G]:

@@ -62,7 +62,7 @@ def visurf_advantages(rollout_rewards, label_components, drop_thinking_reward=Tr
     tensor([-0.4472, -0.4472, -0.4472, -0.4472,  1.7889])
     """
     r_label = label_reward(label_components, credit_thinking=not drop_thinking_reward)
-    # In one type: as float32, a rollout's 2.1 would be less than the label's as float64.
+    # In one type: 2.1 in float32 is less than 2.1 in float64, and control 3 would miss a match.
     r_label = r_label.to(rollout_rewards)
     if smooth_label_reward:
         r_label = smooth_if_matched(r_label, rollout_rewards)
@@ -77,7 +77,7 @@ def label_reward(components, credit_thinking=False):
     >>> label_reward({"thinking": 0.0, "format": 2.0, "accuracy": 3.0})
     tensor(5., dtype=torch.float64)
     """
-    # Thinking rewards for a label, which has no thinking, would teach the policy not to think.
+    # Its text, without thinking, has 0 there already; switched off, the control gives it the 1.
     if "thinking" in components:
         components = components | {"thinking": float(credit_thinking)}
     return sum(torch.as_tensor(value, dtype=torch.float64) for value in components.values())

@@ -794,7 +794,7 @@ def test_a_declared_size_is_that_of_the_upright_image(tmp_path, orientation, sto
     assert Image.open(tmp_path / "a.jpg").size == stored
     row = boxed_row([4, 4, 20, 20], image="a.jpg")
     for wrong in ({"img_width": 60, "img_height": 40}, {"frame": [60, 40]}):
-        assert "60 x 40 is the image on its side" in mistake(load_row, tmp_path, row | wrong)
+        assert "60 x 40, on its side" in mistake(load_row, tmp_path, row | wrong)
     for size in ((40, 60), (80, 120), (120, 80), (30, 30)):
         sample = load_row(tmp_path, row | {"img_width": size[0], "img_height": size[1]})
         assert sample.size == sample.frame == size
