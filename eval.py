@@ -229,7 +229,7 @@ def parse(settings_class, argv, program):
     # --help ends the program, and so it comes after the task's defaults.
     known, _ = parser.parse_known_args(argv)
     task = data.TASKS[known.task]
-    source = task.data if program == "train.py" else task.eval_data
+    source = task.data if getattr(known, "split", "train") == "train" else task.eval_data
     parser.set_defaults(model=task.model, data=source, eval_data=task.eval_data,
                         image_size=task.image_size, **task.recipe)
     if getattr(known, "lora_rank", 0):

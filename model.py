@@ -297,7 +297,7 @@ def generate(network, prompts, num_generations=1, max_new_tokens=256, temperatur
     forbidden = torch.tensor(network.forbidden_tokens, dtype=torch.long, device=device)
     # In [0, 1), drawn for each prompt by itself: others in the batch do not move the stream.
     uniforms = []
-    for seed in range(len(prompts)) if seeds is None else seeds:
+    for seed in seeds or range(len(prompts)):
         generator = torch.Generator().manual_seed(seed)
         uniforms.append(torch.rand(num_generations, max_new_tokens, generator=generator,
                                    dtype=torch.float64))

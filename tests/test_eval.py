@@ -554,6 +554,14 @@ def test_flags_are_the_fields_of_a_dataclass(flags, expected, capsys, monkeypatc
         assert stop.value.code == 2 and error.count("\n") == lines and (expected in error) == bool(lines)
 
 
+@pytest.mark.parametrize("split, name", [("train", "data"), ("test", "eval_data"), ("validation", "eval_data")])
+def test_the_training_split_is_that_of_the_training_data(split, name):
+    """For grounding, both are data sets of their own."""
+    settings = evaluation.parse(evaluation.Settings, ["--task", "grounding", "--split", split], "eval.py")
+    assert settings.data == getattr(data.TASKS["grounding"], name)
+
+
+
 @pytest.mark.parametrize("flags", [[], ["--task", "grounding"], ["--task", "math"]], ids=" ".join)
 @pytest.mark.parametrize("program", [train, evaluation], ids=lambda program: program.__name__)
 def test_help_shows_the_numbers_that_a_run_uses(program, flags, capsys):
