@@ -384,7 +384,7 @@ def load_network(settings, source, device):
         network.float()
     if settings.checkpoint_activations:
         network.vlm.activation_checkpointing_enable({"use_reentrant": False})
-        # The line before makes inputs ask for gradients: a frozen tower would learn for nothing.
+        # The line before makes inputs ask for gradients: a frozen tower would run backward in vain.
         network.vlm.disable_input_require_grads()
         network.train()     # else transformers recomputes nothing
     return network, sampler
