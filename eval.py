@@ -144,7 +144,7 @@ def metrics(results, task):
         # All intersections over all unions: large objects weigh more than in gIoU.
         means["cIoU"] = means["intersection"] / means["union"]
     if "detected" in means and "N-Acc" in means:
-        # Yes or no: the curve has one corner, of samples with (detected) and without a defect.
+        # Of a yes or no, it is the mean of two hit rates: with a defect (detected) and without.
         means["ROC-AUC"] = (means["detected"] + means["N-Acc"]) / 2
     names = (*task.metrics, "well_formed", "thinking", "truncated", "length", "reward")
     return {name: means.get(name) for name in names} | {"samples": len(results)}
@@ -270,7 +270,7 @@ def run_program(program, function, *args):
         if dist.is_initialized():
             dist.destroy_process_group()
     except (UserError, model.CheckpointError, OSError) as error:
-        # Errors of one rank alone are in torchrun's summary.
+        # Rank 0 speaks for all; what another rank alone met is in torchrun's summary.
         if is_first():
             complain(program, error)
         sys.exit(2)
@@ -294,7 +294,7 @@ def note_signals():
     """From now on a signal to stop is only noted; `leave_if_asked` acts on it."""
     received_signals.clear()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        # nohup ignores SIGHUP, and so it stays.
+        # nohup ignores SIGHUP: leave it so.
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda number, frame: received_signals.append(number))
 

@@ -59,8 +59,8 @@ class GroupPolicy(nn.Module):
         mask (B, N, T) is True on tokens and False on the padding behind them, which gets 0."""
         _, N, T = completions.shape
         B, P = batch.ids.shape
-        # Input t of a completion predicts its token t + 1, so its last token is no input.
-        attend = GroupAttention(batch.lengths, P, mask[:, :, 1:])
+        # Input t of a completion predicts its token t + 1: it is an input where that is a token.
+        attend = GroupAttention(batch.lengths, P, is_input=mask[:, :, 1:])
         b, n, t = attend.where  # prompt, completion and place of each input
         prompt_positions, next_position = self.positions(batch)
         after_prompt = (next_position[b] + t).expand(3, -1)  # M-RoPE's axes are equal in text
@@ -68,10 +68,11 @@ class GroupPolicy(nn.Module):
         hidden = self.hidden_states(batch, positions, attend, completions[b, n, t])  # (S, D)
         # Which row of `hidden` predicts each token: the prompt's last one, then those of inputs.
         predictor = batch.last_tokens()[:, None, None].repeat(1, N, T)
-        predictor[b, n, t + 1] = torch.arange(B * P, len(hidden), device=mask.device)
+        inputs = torch.arange(B * P, len(hidden), device=mask.device)
+        predictor[b, n, t + 1] = inputs
         tokens = mask.nonzero(as_tuple=True)
         states = hidden.index_select(0, predictor[tokens])  # (M, D)
-        forbidden = torch.tensor(self.forbidden_tokens, dtype=torch.long, device=mask.device)
+        forbidden = completions.new_tensor(self.forbidden_tokens)
         values = TokenLogProbs.apply(states, self.vlm.lm_head.weight, completions[tokens],
                                      temperature, forbidden)  # (M,)
         return values.new_zeros(mask.shape).index_put(tokens, values)
@@ -109,7 +110,7 @@ def patch_product(module, pixels):
     return F.linear(pixels.to(weight.dtype), weight, module.proj.bias)
 
 class PromptBatch(NamedTuple):
-    """B prompts as tensors; the images of all prompts follow each other, at least one."""
+    """B prompts as tensors; one or more images in all, in the prompts' order."""
     ids: torch.Tensor  # (B, P) right-padded
     lengths: torch.Tensor  # (B,) real tokens of each prompt
     pixels: torch.Tensor  # (patches, channels * time * height * width)
@@ -151,17 +152,16 @@ class GroupAttention:
     """Causal attention inside each prompt; each completion sees its own prompt and its own past.
 
     The flat sequence holds B*P prompt tokens and then the completions' inputs, those that are True
-    in `real` (B, N, T): T is one less here, as a last token is no input. Under a causal mask, no
+    in is_input (B, N, T): T is one less here, as a last token is no input. Under a causal mask, no
     prompt token sees its padding. store(layer, k, v) gets the keys and values of the prompts."""
-    def __init__(self, lengths, P, real, store=None):
+    def __init__(self, lengths, P, is_input, store=None):
         self.lengths = lengths
-        self.B = len(lengths)
         self.P = P
         self.store = store
         self.bias = None
-        _, self.N, self.T = real.shape
-        # nonzero waits for the GPU: once here, where a mask as index would wait in every layer.
-        self.where = real.nonzero(as_tuple=True)
+        self.B, self.N, self.T = is_input.shape
+        # nonzero waits for the GPU: once here; a mask as index would wait in every layer.
+        self.where = is_input.nonzero(as_tuple=True)
 
     def __call__(self, layer, q, k, v):
         """q (H, S, E), k and v (K, S, E) of all tokens -> their outputs (S, H, E)."""
@@ -253,11 +253,7 @@ class TokenLogProbs(torch.autograd.Function):
             d_logits = softmax.mul_(-g).scatter_add_(1, targets[part, None], g)
             d_logits = d_logits.to(weight.dtype)
             grad_hidden[part] = d_logits @ weight
-            if grad_weight is None:
-                continue
-            if weight.dtype == torch.float32:
-                grad_weight.addmm_(d_logits.T, hidden[part])
-            else:
+            if grad_weight is not None:
                 grad_weight += product(d_logits.T, hidden[part])
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
@@ -293,8 +289,8 @@ def generate(network, prompts, num_generations=1, max_new_tokens=256, temperatur
         return []
     decoder = Decoder(network, prompts, num_generations, max_new_tokens, cuda_graph)
     device = decoder.position.device
-    stop = torch.tensor(network.stop_tokens, dtype=torch.long, device=device)
-    forbidden = torch.tensor(network.forbidden_tokens, dtype=torch.long, device=device)
+    stop = decoder.position.new_tensor(network.stop_tokens)
+    forbidden = decoder.position.new_tensor(network.forbidden_tokens)
     # In [0, 1), drawn for each prompt by itself: others in the batch do not move the stream.
     uniforms = []
     for seed in seeds or range(len(prompts)):
@@ -426,7 +422,7 @@ class Decoder:
         cache = self.rows[layer].index_copy_(2, self.slot, own)  # (2, K*R, max_tokens, E)
         keys, values = cache[:, :, : self.window]
         prompt_keys, prompt_values = self.prompts[layer]
-        # R is B*N: a row's g queries meet its own keys, a prompt's N*g queries the prompt's keys.
+        # R is B*N: N*g queries meet each prompt's keys, and g queries each row's own.
         q = (q * E**-0.5).view(K, g, R, E)
         q = q.transpose(1, 2).reshape(K * R, g, E)
         on_prompt = product(q.view(K * self.B, -1, E), prompt_keys)  # (K*B, N*g, P)
@@ -482,12 +478,12 @@ def find_base(path):
     return str(read_json(config).get("base_model_name_or_path"))
 
 def add_adapters(network, folder, rank=None, base=None):
-    """Add a folder's LoRA adapters, or if it has none new ones of this rank; freeze all else."""
+    """Add a folder's LoRA adapters, or, if it has none, new ones of this rank; freeze the rest."""
     vlm = network.vlm
     try:
         import peft
         if find_base(folder) == folder:
-            # A folder without adapters. Peft writes the name, which find_base reads.
+            # None yet. Peft saves this name, for find_base.
             vlm.name_or_path = str(base)
             vlm.add_adapter(peft.LoraConfig(r=rank, lora_alpha=2 * rank,
                                             target_modules=r".*language_model.*_proj"))

@@ -47,19 +47,21 @@ def score(completion, label, kind="objects", frame=(840, 840), choices=(), **thr
 
 def split_completion(completion):
     """The prose before the last `<answer>` outside thinking, and the answer, None if not closed."""
-    # Thinking becomes as many NULs: no answer starts in it, and an answer that has it is no JSON.
+    # Thinking becomes as many NULs: no answer starts in it, or may hold it.
     visible = re.sub(r"(?s)<think>.*?(?:</think>|\Z)", lambda t: "\0" * len(t[0]), completion)
     prose, opened, rest = visible.rpartition("<answer>")
     if not opened:
         return completion, None
     answer, closed, _ = rest.partition("</answer>")
-    return completion[:len(prose)], answer if closed else None
+    if not closed or "\0" in answer:
+        answer = None
+    return completion[:len(prose)], answer
 
 def read_answer(completion, kind="objects"):
     """The answer as text, or as objects with their readable fields alone; None if malformed."""
     text = split_completion(completion)[1] or ""
     if kind == "math":
-        return text.strip("\0").strip() or None
+        return text.strip() or None
     if kind == "count" and re.fullmatch(r"\s*[0-9]{1,4}\s*", text):
         return str(int(text))
     try:
@@ -104,7 +106,7 @@ def format_score(predicted, label):
     return 2.0 if predicted == [] and count(label) == 0 else 0.0
 
 def count(answer):
-    """How many objects an answer or a label lists or, as text, names."""
+    """How many objects an answer or a label lists, or names as text."""
     return int(answer) if isinstance(answer, str) else len(answer)
 
 def accuracy_score(predicted, label, frame, iou_above=0.5, l1_below=10, distance_below=30):
@@ -130,7 +132,7 @@ def accuracy_score(predicted, label, frame, iou_above=0.5, l1_below=10, distance
     overlap = iou(found[..., :4], wanted[:, :4])
     agree = [overlap > iou_above, l1 < l1_below, inside & (distance < distance_below)]
     gains = has_area * np.sum(agree, axis=0)                                  # (n, m), 0 to 3
-    # Divided by the larger number, an object too many costs as much as one too few.
+    # The larger number divides, so an object too many costs as much as one too few.
     return float(sum(gains[pair] for pair in match(gains)) / max(gains.shape))
 
 def iou(boxes_a, boxes_b):
@@ -150,7 +152,7 @@ def match(gains):
     """
     gains = np.asarray(gains, int)
     n, m = gains.shape
-    # m more rows, worth nothing, for columns that win none; one more, so there is a second best.
+    # m more rows, worth nothing, for columns that win none; one more, for a second best if n = 0.
     worth = np.pad(gains, ((0, m + 1), (0, 0)))
     prices = np.zeros(n + m + 1)
     owners = np.full(n + m + 1, -1)
@@ -159,7 +161,7 @@ def match(gains):
         column = bidders.pop()
         net = worth[:, column] - prices
         second, best = np.argsort(net)[-2:]
-        # Overbids of 1/(m + 1) keep the sum within m/(m + 1) of the best; both are whole: equal.
+        # Overbids of 1/(m + 1) cost less than 1 in all. Sums are whole, so this one is the best.
         prices[best] += net[best] - net[second] + 1 / (m + 1)
         if owners[best] >= 0:
             bidders.append(owners[best])
@@ -176,7 +178,7 @@ def same_answer(predicted, label, choices=()):
         return True
     if NO_FORMULA.search(gold) or NO_FORMULA.search(answer):
         return False
-    # Before the fork, once: what sympy loads at first use takes longer than most pairs do.
+    # Before the fork, and cached: what sympy loads at first use takes longer than most pairs.
     equal_formulas("x(x+1)", "x^2+x")
     # A child judges. After half a second of CPU time the kernel kills it, even inside a long C
     # call, such as gmpy2's on 9^{9^{9^9}}, and the pair counts as not equal.

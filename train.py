@@ -70,7 +70,7 @@ class Run:
     """All that a run carries from step to step."""
     settings: Settings
     directory: Path
-    files: dict                        # that its checkpoints get: configs, tokenizer, licence
+    files: dict                        # for its checkpoints: configs, tokenizer, licence
     processor: data.Processor
     samples: list[data.Sample]
     filler: "Group"                    # computed by a rank that has no work left
@@ -109,7 +109,7 @@ def train(settings):
     on_first_rank(claim, directory, settings.resume)
     config = asdict(settings) | {"samples": len(samples)}
     on_first_rank(compare_with_before, directory, config)
-    # When a run is resumed, the checkpoint that it began with may be gone.
+    # A resumed run needs no --model: if its last checkpoint is adapters, it names their base.
     saved = on_first_rank(own_checkpoints, directory)
     source = saved[-1] if saved else data.fetch(settings.model)
     base = data.fetch(model.find_base(source))
@@ -125,8 +125,9 @@ def train(settings):
     resume(run)
     on_first_rank(print, f"{settings.method} on {len(samples)} samples, {world()[1]} x {device}")
     if settings.method != "sft":
-        # Advantages cancel, and so does the loss. A score's keys are the rewards' names.
-        on_first_rank(print, "Loss near 0 is fine. Rewards:", *processor.score("", filler.example))
+        # Advantages cancel, and nearly so does the loss.
+        names = processor.score("", filler.example).keys()
+        on_first_rank(print, "Loss near 0 is fine. Rewards:", *names)
     loop(run)
 
 def loop(run):
@@ -295,13 +296,13 @@ def update(run, groups):
         loss = loss_of(run, micro_batch, total)
         loss.backward()
         loss_sum += loss.item()
-    # A mean over ranks, as `total` is: see plan.
+    # A mean over ranks, as FSDP takes it of gradients: see plan.
     mean_loss = np.mean(gather([loss_sum]))
     norm = 0.0
     if micro_batches:
         norm = torch.nn.utils.clip_grad_norm_(run.network.parameters(), max_norm=1.0)
         norm = norm.full_tensor().item()
-    # All ranks see the same sums, so they agree. AdamW leaves weights without a gradient alone.
+    # All ranks see the same sums, so they agree. Without any micro-batch, step() changes nothing.
     if total > 0 and np.isfinite(mean_loss + norm):
         run.optimizer.step()
         run.skipped = 0
@@ -362,7 +363,7 @@ def load_network(settings, source, device):
     if on_gpu:
         needed = 0
         for weight in network.parameters():
-            # Sharded bytes: 16 with gradient and moments; frozen 4, or 2 (bfloat16) beside LoRA.
+            # Bytes: 2 gathered; sharded 16 with gradient and moments, or frozen 4 (beside LoRA 2).
             frozen = 2 if settings.lora_rank else 4
             kept = 16 if weight.requires_grad else frozen
             share = 0 if settings.cpu_offload else kept / dist.get_world_size()
@@ -374,12 +375,14 @@ def load_network(settings, source, device):
     compute = torch.bfloat16 if on_gpu else torch.float32
     policy = fsdp.MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32,
                                        cast_forward_inputs=False)
-    offload = fsdp.CPUOffloadPolicy(on_gpu) if settings.cpu_offload else fsdp.OffloadPolicy()
-    # Each block is a unit, the root has embedding and head. Buffers move to the GPU in place.
+    offload = fsdp.OffloadPolicy()
+    if settings.cpu_offload:
+        offload = fsdp.CPUOffloadPolicy(pin_memory=on_gpu)
+    # Each block is a unit, the root has embedding and head. Shared buffers move in place.
     blocks = [m for m in network.modules() if isinstance(m, GradientCheckpointingLayer)]
     for module in [*blocks, network]:
         fsdp.fully_shard(module, mp_policy=policy, offload_policy=offload)
-    # Only now, as whole float32 weights need not fit on a rank. What LoRA freezes stays bfloat16.
+    # Only now: whole float32 weights may not fit on a rank. What LoRA freezes stays bfloat16.
     if not (settings.lora_rank and on_gpu):
         network.float()
     if settings.checkpoint_activations:
@@ -392,8 +395,8 @@ def load_network(settings, source, device):
 @contextmanager
 def gathered(run):
     """The sampler with the whole weights, in the compute dtype; unusable after the context."""
-    # Nothing is exchanged while the sampler decodes: it has none of FSDP's hooks, with which ranks
-    # would wait forever for one that has fewer prompts.
+    # The sampler exchanges nothing while it decodes: with FSDP's hooks, ranks would wait forever
+    # for one that has fewer prompts.
     units = [module for module in run.network.modules() if isinstance(module, fsdp.FSDPModule)]
     for unit in units:
         unit.unshard()
@@ -428,7 +431,7 @@ def save(run):
 def write_checkpoint(run, directory):
     """Write a Hugging Face checkpoint and the training state, to the disk and not to a cache."""
     with gathered(run) as network:
-        # An error if it cannot speak any more: such weights must not replace better ones.
+        # An error if its log-probs are NaN: such weights must not replace better ones.
         model.generate(network, [run.filler.example], 1, 1)
         on_first_rank(shutil.rmtree, directory, True)
         on_first_rank(model.save_pretrained, network, directory, run.files)
@@ -489,7 +492,7 @@ def resume(run):
         run.evaluated = state["evaluated"]
         run.votes = Counter(state["votes"])
         reader = dcp.HuggingFaceStorageReader(str(last / STATE))
-        # In place: tensors() gives the network's own, and AdamW's, which it makes if need be.
+        # In place: tensors() gives the network's own, and AdamW's, zeros until now.
         dcp.load(tensors(run), storage_reader=reader, no_dist=dist.get_world_size() == 1)
     if is_first():
         for log in run.directory.glob("*.jsonl"):
@@ -501,7 +504,7 @@ def summarize(records, settings):
     G = settings.num_generations
     columns = defaultdict(list)
     for record in records:
-        # Labels come last. Empty ones (absent) may teach otherwise, so they are told apart.
+        # Labels come last. Questions about something absent are counted apart.
         kind = "present" if record["label"] else "absent"
         columns["length"] += record["lengths"][:G]
         for text in record["texts"][:G]:
@@ -541,7 +544,7 @@ def append(run, name, entry):
         log.write(json.dumps({"step": run.step} | entry) + "\n")
     if run.settings.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
-        # What was logged for this step before a --resume is dropped, and all that follows.
+        # After --resume, this drops what was logged before from this step on.
         run.writer = run.writer or SummaryWriter(run.directory, purge_step=run.step)
         for key, value in entry.items():
             if isinstance(value, float):

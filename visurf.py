@@ -6,7 +6,7 @@ Needs torch alone: copy it. For a prompt x, an image and a question, with the la
     3. Score rollouts and label with the same rewards r(.), but
          control 2  y earns nothing for thinking                     label_reward
          control 3  y gets their mean, if a rollout is as good       smooth_if_matched
-    4. Inject y: the group {o_1 .. o_G, y} has N = G + 1 members     visurf_advantages, with 3
+    4. Inject y: the group {o_1 .. o_G, y} has N = G + 1 members     visurf_advantages (3 and 4)
          advantages  A_m = (r_m - mean) / (std + eps)                group_advantages  (Eq. 6-7)
     5. Maximise the token mean of min(rho A_m, clip(rho) A_m)        policy_loss  (Eq. 8)
 
@@ -73,11 +73,10 @@ def visurf_advantages(rollout_rewards, label_components, drop_thinking_reward=Tr
 def label_reward(components, credit_thinking=False):
     """Reward control 2: the sum (...) of the label's components, in float64, without thinking.
 
-    credit_thinking=True switches this control off: thinking is then credited in full, with 1.
     >>> label_reward({"thinking": 0.0, "format": 2.0, "accuracy": 3.0})
     tensor(5., dtype=torch.float64)
     """
-    # Its text, without thinking, has 0 there already; switched off, the control gives it the 1.
+    # A label has no thinking, so its own score for it is 0; without this control it is paid 1.
     if "thinking" in components:
         components = components | {"thinking": float(credit_thinking)}
     return sum(torch.as_tensor(value, dtype=torch.float64) for value in components.values())
