@@ -120,7 +120,7 @@ def tables(progress: dict, grids: dict, best: dict, searched: list, bases: dict,
     }
     if runs:
         found |= {
-            "summary": methods_table(runs, ("mean of four", "mean of three", "absent", "thinking", "retention")),
+            "summary": methods_table(runs, ("mean of four", "mean of three", "absent", "thinking", "retention"), bases),
             "methods": methods_table(runs, OUTCOMES),
             "rulings": rulings_table(runs),
             "secondary": secondary_table(runs),
@@ -187,11 +187,14 @@ def bases_table(bases: dict) -> str:
     return table(["base", *OUTCOMES[:-2], "`[]` sampled"], rows)
 
 
-def methods_table(runs: dict, outcomes) -> str:
+def methods_table(runs: dict, outcomes, untrained=()) -> str:
     """Each method on the bases of each kind: mean ± standard deviation over runs of the first outcome, means of the
-    others."""
+    others. If records of untrained bases are given, their means come first."""
     rows = []
     for kind, bases in KINDS.items():
+        before = [untrained[base] for base in bases if base in untrained]
+        if before:
+            rows.append([f"untrained, base {kind}", *percent(before, outcomes), "–", "–"])
         for method in METHODS:
             found = select(runs, method, bases)
             if found:

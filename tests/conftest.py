@@ -12,6 +12,8 @@ from types import SimpleNamespace
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "extras")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded by a test
+# Several small processes on a few cores: one thread each is far faster.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
