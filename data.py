@@ -143,7 +143,7 @@ def open_rows(path, split):
             named = [name for name in SPLIT_WORDS if words.intersection(SPLIT_WORDS[name])]
             if named == [split]:
                 files.append(str(file))
-        require(files, "no Parquet file with this split, and no other, in its path")
+        require(files, "no Parquet file in it whose path names this split alone")
         # Whatever is given counts as "train". Arrow's format leaves images encoded till their turn.
         return load_dataset("parquet", data_files=files, split="train").with_format("arrow")
     except Exception as error:           # damaged files make it raise nearly anything
@@ -229,8 +229,8 @@ def check_object(found, frame):
     valid = (cut[0] < cut[1]) & (corners[0] <= point) & (point <= corners[1])
     valid &= abs(corners - cut).max(axis=0) <= 0.02 * np.array(frame)
     normalised = corners.max() <= 1 < max(frame)
-    require(valid.all() and not normalised, f"no box with its point in {frame[0]} x {frame[1]}. "
-            f'In another frame (add "frame"), as x, y, width, height, before EXIF? {found}')
+    require(valid.all() and not normalised, f"no box with its point in {frame[0]} x {frame[1]}; "
+            f'another size or 0 to 1000 (add "frame")? x, y, width, height? before EXIF? {found}')
     found["bbox_2d"] = cut.ravel().tolist()
     found["point_2d"] = point.clip(0, frame).tolist()
 
@@ -317,7 +317,7 @@ class Processor:
             require(image_id == config.image_token_id, "its tokenizer is another model's")
             # An empty picture shows now whether template, tokenizer and images fit together.
             picture = Image.new("RGB", (56, 56))
-            self.blank = self.encode(Sample("", "nothing", picture, "", (56, 56), (56, 56)))
+            self.blank = self.encode(Sample("", "nothing", picture, "", picture.size, picture.size))
         except Exception as error:       # foreign files make their readers raise nearly anything
             raise UserError(f"{path}: not a complete Qwen2-VL, Qwen2.5-VL or Qwen3-VL checkpoint "
                             f"({error!r:.300}); give one with --model") from None

@@ -59,7 +59,7 @@ class GroupPolicy(nn.Module):
         mask (B, N, T) is True on tokens and False on the padding behind them, which gets 0."""
         _, N, T = completions.shape
         B, P = batch.ids.shape
-        # Input t of a completion predicts its token t + 1: it is an input where that is a token.
+        # Token t of a completion predicts token t + 1, and is an input only if there is one.
         attend = GroupAttention(batch.lengths, P, is_input=mask[:, :, 1:])
         b, n, t = attend.where  # prompt, completion and place of each input
         prompt_positions, next_position = self.positions(batch)
@@ -72,7 +72,7 @@ class GroupPolicy(nn.Module):
         predictor[b, n, t + 1] = inputs
         tokens = mask.nonzero(as_tuple=True)
         states = hidden.index_select(0, predictor[tokens])  # (M, D)
-        forbidden = completions.new_tensor(self.forbidden_tokens)
+        forbidden = torch.LongTensor(self.forbidden_tokens).to(mask.device)
         values = TokenLogProbs.apply(states, self.vlm.lm_head.weight, completions[tokens],
                                      temperature, forbidden)  # (M,)
         return values.new_zeros(mask.shape).index_put(tokens, values)
@@ -289,8 +289,8 @@ def generate(network, prompts, num_generations=1, max_new_tokens=256, temperatur
         return []
     decoder = Decoder(network, prompts, num_generations, max_new_tokens, cuda_graph)
     device = decoder.position.device
-    stop = decoder.position.new_tensor(network.stop_tokens)
-    forbidden = decoder.position.new_tensor(network.forbidden_tokens)
+    stop = torch.LongTensor(network.stop_tokens).to(device)
+    forbidden = torch.LongTensor(network.forbidden_tokens).to(device)
     # In [0, 1), drawn for each prompt by itself: others in the batch do not move the stream.
     uniforms = []
     for seed in seeds or range(len(prompts)):
@@ -351,7 +351,6 @@ class Decoder:
         self.batch = PromptBatch.from_prompts(prompts, network.config, device)
         self.B, self.P = self.batch.ids.shape
         self.N = N
-        self.K = network.config.text_config.num_key_value_heads
         self.max_tokens = max_tokens
         self.captures = cuda_graph and device.type == "cuda"
         self.graph = None
@@ -365,7 +364,8 @@ class Decoder:
         # To be added to scores: -inf on the padding of prompts and on slots that are still empty.
         place = torch.arange(self.P + max_tokens, device=device)
         mask = torch.where(place < self.batch.lengths[:, None], 0.0, -torch.inf)
-        self.mask = mask.repeat(self.K, 1)[:, None]  # (K*B, 1, P + max_tokens)
+        K = network.config.text_config.num_key_value_heads
+        self.mask = mask.repeat(K, 1)[:, None]  # (K*B, 1, P + max_tokens)
         self.prompt_positions, next_position = network.positions(self.batch)
         self.position = next_position.repeat_interleave(N)  # (R,) of the token that goes in next
 
@@ -390,9 +390,9 @@ class Decoder:
         self.slot.fill_(self.t)
         self.mask[..., self.P + self.t] = 0
         self.tokens.copy_(tokens)
-        if self.captures and self.graph is None:
-            self.capture()
         if self.captures:
+            if self.graph is None:
+                self.capture()
             self.graph.replay()
         else:
             self.window = self.t + 1
@@ -422,7 +422,7 @@ class Decoder:
         cache = self.rows[layer].index_copy_(2, self.slot, own)  # (2, K*R, max_tokens, E)
         keys, values = cache[:, :, : self.window]
         prompt_keys, prompt_values = self.prompts[layer]
-        # R is B*N: N*g queries meet each prompt's keys, and g queries each row's own.
+        # K*R is (K, B, N): N*g queries meet each prompt's keys, and g queries each row's own.
         q = (q * E**-0.5).view(K, g, R, E)
         q = q.transpose(1, 2).reshape(K * R, g, E)
         on_prompt = product(q.view(K * self.B, -1, E), prompt_keys)  # (K*B, N*g, P)
@@ -483,7 +483,7 @@ def add_adapters(network, folder, rank=None, base=None):
     try:
         import peft
         if find_base(folder) == folder:
-            # None yet. Peft saves this name, for find_base.
+            # No adapters yet. Peft saves this name with them, for find_base.
             vlm.name_or_path = str(base)
             vlm.add_adapter(peft.LoraConfig(r=rank, lora_alpha=2 * rank,
                                             target_modules=r".*language_model.*_proj"))
@@ -510,7 +510,7 @@ def find_special_tokens(network, path):
         words = transformers.AutoTokenizer.from_pretrained(path, **LOCAL).get_vocab()
         # Embeddings have more rows than there are words: 151,936 for 151,657 in Qwen2-VL.
         network.forbidden_tokens += range(max(words.values()) + 1, size)
-        # Merged checkpoints may name <|endoftext|> alone, which no answer ends with.
+        # Merged checkpoints may name only <|endoftext|>, which no answer ends with.
         network.stop_tokens = [*network.stop_tokens, words["<|im_end|>"]]
     wrong = {*network.stop_tokens, *network.forbidden_tokens} - set(range(size))
     if wrong:

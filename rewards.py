@@ -26,7 +26,7 @@ CHARACTERS = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {ord("√
 NO_FORMULA = re.compile(r"(?s)^[a-zA-Z ]{3,}$|\d\s+\d|.{201}")
 
 def score(completion, label, kind="objects", frame=(840, 840), choices=(), **thresholds):
-    """A completion's rewards, a dict of those components above that its kind of answer has.
+    """A completion's rewards by component: those of the table above that its kind has.
 
     label: text, or objects with "bbox_2d" and "point_2d", from 0 to frame (width, height).
     kind: "count", "math", or else objects. thresholds: see accuracy_score, in pixels of 840 x 840.
@@ -47,7 +47,7 @@ def score(completion, label, kind="objects", frame=(840, 840), choices=(), **thr
 
 def split_completion(completion):
     """The prose before the last `<answer>` outside thinking, and the answer, None if not closed."""
-    # Thinking becomes as many NULs: no answer starts in it, or may hold it.
+    # Thinking becomes as many NULs: no answer may start in it or hold it.
     visible = re.sub(r"(?s)<think>.*?(?:</think>|\Z)", lambda t: "\0" * len(t[0]), completion)
     prose, opened, rest = visible.rpartition("<answer>")
     if not opened:
@@ -152,7 +152,7 @@ def match(gains):
     """
     gains = np.asarray(gains, int)
     n, m = gains.shape
-    # m more rows, worth nothing, for columns that win none; one more, for a second best if n = 0.
+    # m + 1 more rows, worth nothing: for columns that win none, and so that a second best exists.
     worth = np.pad(gains, ((0, m + 1), (0, 0)))
     prices = np.zeros(n + m + 1)
     owners = np.full(n + m + 1, -1)
@@ -161,7 +161,7 @@ def match(gains):
         column = bidders.pop()
         net = worth[:, column] - prices
         second, best = np.argsort(net)[-2:]
-        # Overbids of 1/(m + 1) cost less than 1 in all. Sums are whole, so this one is the best.
+        # Overbids of 1/(m + 1) cost less than 1 in all, so the sum, an integer, is the largest.
         prices[best] += net[best] - net[second] + 1 / (m + 1)
         if owners[best] >= 0:
             bidders.append(owners[best])
@@ -178,7 +178,7 @@ def same_answer(predicted, label, choices=()):
         return True
     if NO_FORMULA.search(gold) or NO_FORMULA.search(answer):
         return False
-    # Before the fork, and cached: what sympy loads at first use takes longer than most pairs.
+    # Once (@cache), before the fork: what sympy loads at first use takes longer than most pairs.
     equal_formulas("x(x+1)", "x^2+x")
     # A child judges. After half a second of CPU time the kernel kills it, even inside a long C
     # call, such as gmpy2's on 9^{9^{9^9}}, and the pair counts as not equal.

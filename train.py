@@ -37,7 +37,7 @@ import visurf
 from data import UserError, require
 from eval import (Common, claim, evaluate, flag, gather, is_first, leave_if_asked, metrics,
                   my_share, note_signals, on_first_rank, parse, run_program, start,
-                  world, write_text)
+                  world, write_text)      # on_first_rank: all ranks get its result
 
 @dataclass
 class Settings(Common):
@@ -109,7 +109,7 @@ def train(settings):
     on_first_rank(claim, directory, settings.resume)
     config = asdict(settings) | {"samples": len(samples)}
     on_first_rank(compare_with_before, directory, config)
-    # A resumed run needs no --model: if its last checkpoint is adapters, it names their base.
+    # Resuming never reads --model: a checkpoint is whole, or adapters that name their base.
     saved = on_first_rank(own_checkpoints, directory)
     source = saved[-1] if saved else data.fetch(settings.model)
     base = data.fetch(model.find_base(source))
@@ -125,7 +125,7 @@ def train(settings):
     resume(run)
     on_first_rank(print, f"{settings.method} on {len(samples)} samples, {world()[1]} x {device}")
     if settings.method != "sft":
-        # Advantages cancel, and nearly so does the loss.
+        # Advantages cancel, and so, nearly, does the loss.
         names = processor.score("", filler.example).keys()
         on_first_rank(print, "Loss near 0 is fine. Rewards:", *names)
     loop(run)
@@ -231,7 +231,7 @@ def encode_share(run, indices):
         seed = np.random.SeedSequence([settings.seed, index]).generate_state(1)[0]
         try:
             example = run.processor.encode(run.samples[order[place]])
-            # GRPO has nothing to learn where no rollout could be as long as the label.
+            # If even its shortest style does not fit, no rollout can match it: GRPO learns nothing.
             label = run.processor.token_ids(visurf.align_label(example.label, "compact") + data.END)
             require(settings.method != "rlvr" or len(label) <= settings.max_completion_length,
                     f"{example.sample.where}: a label that is longer than --max_completion_length")
@@ -296,13 +296,13 @@ def update(run, groups):
         loss = loss_of(run, micro_batch, total)
         loss.backward()
         loss_sum += loss.item()
-    # A mean over ranks, as FSDP takes it of gradients: see plan.
+    # The mean over ranks, as FSDP takes the mean of their gradients: see plan.
     mean_loss = np.mean(gather([loss_sum]))
     norm = 0.0
     if micro_batches:
         norm = torch.nn.utils.clip_grad_norm_(run.network.parameters(), max_norm=1.0)
         norm = norm.full_tensor().item()
-    # All ranks see the same sums, so they agree. Without any micro-batch, step() changes nothing.
+    # All ranks see the same sums, so they agree. If no group is useful, step() finds no gradients.
     if total > 0 and np.isfinite(mean_loss + norm):
         run.optimizer.step()
         run.skipped = 0
@@ -363,7 +363,7 @@ def load_network(settings, source, device):
     if on_gpu:
         needed = 0
         for weight in network.parameters():
-            # Bytes: 2 gathered; sharded 16 with gradient and moments, or frozen 4 (beside LoRA 2).
+            # Bytes: 2 gathered; sharded 16 if trained (gradient, moments), 4 if not (by LoRA 2).
             frozen = 2 if settings.lora_rank else 4
             kept = 16 if weight.requires_grad else frozen
             share = 0 if settings.cpu_offload else kept / dist.get_world_size()
@@ -378,11 +378,11 @@ def load_network(settings, source, device):
     offload = fsdp.OffloadPolicy()
     if settings.cpu_offload:
         offload = fsdp.CPUOffloadPolicy(pin_memory=on_gpu)
-    # Each block is a unit, the root has embedding and head. Shared buffers move in place.
+    # Each block is a unit, the rest another. Buffers, which the sampler shares, move in place.
     blocks = [m for m in network.modules() if isinstance(m, GradientCheckpointingLayer)]
     for module in [*blocks, network]:
         fsdp.fully_shard(module, mp_policy=policy, offload_policy=offload)
-    # Only now: whole float32 weights may not fit on a rank. What LoRA freezes stays bfloat16.
+    # Only now: whole float32 weights may not fit on a rank. LoRA's base stays bfloat16 on GPUs.
     if not (settings.lora_rank and on_gpu):
         network.float()
     if settings.checkpoint_activations:
@@ -492,7 +492,7 @@ def resume(run):
         run.evaluated = state["evaluated"]
         run.votes = Counter(state["votes"])
         reader = dcp.HuggingFaceStorageReader(str(last / STATE))
-        # In place: tensors() gives the network's own, and AdamW's, zeros until now.
+        # In place: tensors() gives the network's own and AdamW's, which it first makes, as zeros.
         dcp.load(tensors(run), storage_reader=reader, no_dist=dist.get_world_size() == 1)
     if is_first():
         for log in run.directory.glob("*.jsonl"):
@@ -544,7 +544,7 @@ def append(run, name, entry):
         log.write(json.dumps({"step": run.step} | entry) + "\n")
     if run.settings.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
-        # After --resume, this drops what was logged before from this step on.
+        # After --resume, this drops what was logged of this and later steps.
         run.writer = run.writer or SummaryWriter(run.directory, purge_step=run.step)
         for key, value in entry.items():
             if isinstance(value, float):

@@ -76,7 +76,7 @@ def label_reward(components, credit_thinking=False):
     >>> label_reward({"thinking": 0.0, "format": 2.0, "accuracy": 3.0})
     tensor(5., dtype=torch.float64)
     """
-    # A label has no thinking, so its own score for it is 0; without this control it is paid 1.
+    # A label has no thinking, so it scores 0; without this control (an ablation), it is paid 1.
     if "thinking" in components:
         components = components | {"thinking": float(credit_thinking)}
     return sum(torch.as_tensor(value, dtype=torch.float64) for value in components.values())
