@@ -179,7 +179,9 @@ def read_sample(rows, number, path, task, where):
         question += "\nChoices: " + ", ".join(map("{}. {}".format, ascii_uppercase, choices))
     image = partial(find_image, rows, number, path if path.is_dir() else path.parent)
     upright = open_image(image, only_size=True)
-    size = (int(row.get("img_width") or upright[0]), int(row.get("img_height") or upright[1]))
+    width = row.get("img_width") or upright[0]
+    height = row.get("img_height") or upright[1]
+    size = (int(width), int(height))
     # The authors write labels for training ("problem") in pixels of the image that the row holds,
     # and those for tests ("text") in pixels of the original.
     default_frame = upright if row.get("problem") is not None else size

@@ -92,7 +92,8 @@ class GroupPolicy(nn.Module):
     def positions(self, batch):
         """M-RoPE positions (3, B*P) of prompts, and that of the first completion token (B,)."""
         # On the CPU, where get_rope_index's loops need not wait for a GPU.
-        real = torch.arange(batch.ids.shape[1]) < batch.lengths.cpu()[:, None]  # (B, P)
+        place = torch.arange(batch.ids.shape[1])
+        real = place < batch.lengths.cpu()[:, None]  # (B, P)
         ids = batch.ids.cpu()
         is_image = (ids == self.config.image_token_id).int()
         positions, _ = self.vlm.model.get_rope_index(ids, is_image, batch.grid_thw.cpu(),
@@ -242,7 +243,7 @@ class TokenLogProbs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            # In float32: a sum that is rounded to bfloat16 at each chunk is off by up to 1 %.
+            # In float32, which autograd rounds once: sums rounded at each chunk are off by 1 %.
             grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         for start in range(0, len(hidden), CHUNK):
             part = slice(start, start + CHUNK)
@@ -255,8 +256,6 @@ class TokenLogProbs(torch.autograd.Function):
             grad_hidden[part] = d_logits @ weight
             if grad_weight is not None:
                 grad_weight += product(d_logits.T, hidden[part])
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, None, None, None
 
 def scaled_logits(hidden, weight, temperature, forbidden):
@@ -382,7 +381,9 @@ class Decoder:
         k = k.transpose(0, 1).flatten(0, 1)  # (K*B, P, E)
         v = v.transpose(0, 1).flatten(0, 1)
         self.prompts[layer] = (k.mT.contiguous(), v)
-        self.rows[layer] = k.new_zeros(2, len(k) * self.N, self.max_tokens, k.shape[-1])
+        rows = len(k) * self.N  # K*R
+        E = k.shape[-1]
+        self.rows[layer] = k.new_zeros(2, rows, self.max_tokens, E)
 
     def step(self, tokens):
         """Tokens (R,) -> hidden states (R, D), valid until the next step."""

@@ -1,9 +1,8 @@
-"""Post-train a Qwen-VL checkpoint with ViSurf, with reinforcement alone, or with labels alone.
+"""Post-train a Qwen-VL checkpoint with ViSurf; --method rlvr: GRPO alone, sft: labels alone.
 
     python train.py                                         # built-in task, bundled checkpoint
     python train.py --task grounding --data my.jsonl --model Qwen/Qwen2.5-VL-7B-Instruct
     torchrun --nproc_per_node 8 train.py --task grounding   # FSDP2 on eight GPUs
-    python train.py --method rlvr                           # GRPO; sft: cross-entropy on labels
     python train.py --resume                                # with the same flags: go on
 
 `train_step`: sample -> align and inject the label -> score -> advantages -> update.

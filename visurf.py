@@ -71,11 +71,7 @@ def visurf_advantages(rollout_rewards, label_components, drop_thinking_reward=Tr
     return group_advantages(rewards)
 
 def label_reward(components, credit_thinking=False):
-    """Reward control 2: the sum (...) of the label's components, in float64, without thinking.
-
-    >>> label_reward({"thinking": 0.0, "format": 2.0, "accuracy": 3.0})
-    tensor(5., dtype=torch.float64)
-    """
+    """Reward control 2: the sum (...) of the label's components, in float64, without thinking."""
     # A label has no thinking, so it scores 0; without this control (an ablation), it is paid 1.
     if "thinking" in components:
         components = components | {"thinking": float(credit_thinking)}
