@@ -9,8 +9,8 @@ instead of N*(P + T), and an attention function of ours decides which token sees
     completion 1     all        causal         -
     completion 2     all        -              causal
 
-The positions of each completion continue from its prompt's, so each is computed as if it alone
-followed it. The vision tower runs once, and all members' gradients meet in the prompt.
+The positions of each completion continue from its prompt's, as if no other completion were there.
+The vision tower runs once, and all members' gradients meet in the prompt.
 
 Shapes
     B   prompts in a batch               P   prompt tokens, right-padded to the longest
@@ -423,7 +423,7 @@ class Decoder:
         cache = self.rows[layer].index_copy_(2, self.slot, own)  # (2, K*R, max_tokens, E)
         keys, values = cache[:, :, : self.window]
         prompt_keys, prompt_values = self.prompts[layer]
-        # K*R is (K, B, N): N*g queries meet each prompt's keys, and g queries each row's own.
+        # Axis K*R unfolds to (K, B, N): a prompt's keys meet N*g queries, a row's own keys meet g.
         q = (q * E**-0.5).view(K, g, R, E)
         q = q.transpose(1, 2).reshape(K * R, g, E)
         on_prompt = product(q.view(K * self.B, -1, E), prompt_keys)  # (K*B, N*g, P)

@@ -29,7 +29,7 @@ def score(completion, label, kind="objects", frame=(840, 840), choices=(), **thr
     """A completion's rewards by component: those of the table above that its kind has.
 
     label: text, or objects with "bbox_2d" and "point_2d", from 0 to frame (width, height).
-    kind: "count", "math", or else objects. thresholds: see accuracy_score, in pixels of 840 x 840.
+    kind: "count", "math", or else objects. thresholds: accuracy_score's, lengths in pixels of 840.
 
     >>> score("<answer>[]</answer>", [])
     {'thinking': 0.0, 'format': 2.0, 'accuracy': 3.0, 'non_repeat': 1.0}
@@ -47,7 +47,7 @@ def score(completion, label, kind="objects", frame=(840, 840), choices=(), **thr
 
 def split_completion(completion):
     """The prose before the last `<answer>` outside thinking, and the answer, None if not closed."""
-    # Thinking becomes as many NULs: no answer may start in it or hold it.
+    # Thinking becomes NULs, one for each character: no answer may start in it or hold it.
     visible = re.sub(r"(?s)<think>.*?(?:</think>|\Z)", lambda t: "\0" * len(t[0]), completion)
     prose, opened, rest = visible.rpartition("<answer>")
     if not opened:
@@ -161,7 +161,7 @@ def match(gains):
         column = bidders.pop()
         net = worth[:, column] - prices
         second, best = np.argsort(net)[-2:]
-        # Overbids of 1/(m + 1) cost less than 1 in all, so the sum, an integer, is the largest.
+        # Each of m columns overpays by 1/(m + 1) or less, all by < 1: no integer sum is higher.
         prices[best] += net[best] - net[second] + 1 / (m + 1)
         if owners[best] >= 0:
             bidders.append(owners[best])
@@ -197,7 +197,7 @@ def same_answer(predicted, label, choices=()):
 def equal_formulas(gold, answer):
     """Math-verify's judgement. It may take forever, or crash."""
     from math_verify import parse, verify
-    # Silence its warning that timeouts are off: as alarms, they would need the main thread.
+    # Its timeouts are off, as they are alarms, which need the main thread: silence that warning.
     logging.getLogger("math_verify").setLevel("CRITICAL")
     gold = parse(f"${gold}$", parsing_timeout=None)
     answer = parse(f"${answer}$", parsing_timeout=None)

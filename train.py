@@ -230,7 +230,7 @@ def encode_share(run, indices):
         seed = np.random.SeedSequence([settings.seed, index]).generate_state(1)[0]
         try:
             example = run.processor.encode(run.samples[order[place]])
-            # If even its shortest style does not fit, no rollout can match it: GRPO learns nothing.
+            # If a label's shortest style does not fit, no rollout matches it: GRPO learns nothing.
             label = run.processor.token_ids(visurf.align_label(example.label, "compact") + data.END)
             require(settings.method != "rlvr" or len(label) <= settings.max_completion_length,
                     f"{example.sample.where}: a label that is longer than --max_completion_length")
@@ -301,7 +301,7 @@ def update(run, groups):
     if micro_batches:
         norm = torch.nn.utils.clip_grad_norm_(run.network.parameters(), max_norm=1.0)
         norm = norm.full_tensor().item()
-    # All ranks see the same sums, so they agree. If no group is useful, step() finds no gradients.
+    # All ranks see the same sums, so they agree. If no group is useful, step() changes nothing.
     if total > 0 and np.isfinite(mean_loss + norm):
         run.optimizer.step()
         run.skipped = 0
@@ -362,7 +362,7 @@ def load_network(settings, source, device):
     if on_gpu:
         needed = 0
         for weight in network.parameters():
-            # Bytes: 2 gathered; sharded 16 if trained (gradient, moments), 4 if not (by LoRA 2).
+            # Bytes: 2 gathered; sharded 16 if trained (gradient, moments), 4 if not (with LoRA 2).
             frozen = 2 if settings.lora_rank else 4
             kept = 16 if weight.requires_grad else frozen
             share = 0 if settings.cpu_offload else kept / dist.get_world_size()
@@ -370,14 +370,14 @@ def load_network(settings, source, device):
         available = torch.cuda.get_device_properties(device).total_memory
         require(needed <= available, f"this --model needs {needed / 1e9:.0f} of "
                 f"{available / 1e9:.0f} GB before any activation: use more GPUs or --cpu_offload")
-    # Inputs are not cast: positions and rotary tables stay in float32.
+    # Inputs are not cast: rotary tables and pixels stay in float32.
     compute = torch.bfloat16 if on_gpu else torch.float32
     policy = fsdp.MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32,
                                        cast_forward_inputs=False)
     offload = fsdp.OffloadPolicy()
     if settings.cpu_offload:
         offload = fsdp.CPUOffloadPolicy(pin_memory=on_gpu)
-    # Each block is a unit, the rest another. Buffers, which the sampler shares, move in place.
+    # Each block is a unit, the rest another. Buffers, the sampler's too, go to the GPU in place.
     blocks = [m for m in network.modules() if isinstance(m, GradientCheckpointingLayer)]
     for module in [*blocks, network]:
         fsdp.fully_shard(module, mp_policy=policy, offload_policy=offload)
@@ -484,14 +484,14 @@ def resume(run):
     if checkpoints:
         last = checkpoints[-1]
         state = model.read_json(last / f"{STATE}.json")
-        # Without a file of another rank, half of the weights would silently stay as they were.
+        # Without one rank's file, load would silently leave its shards of weights as they were.
         require(sizes(last.rglob("*.safetensors")) == state.get("tensors"), f"{last}: a damaged or "
                 "missing tensor file; delete it to go on from an older checkpoint, or anew")
         run.step = state["step"]
         run.evaluated = state["evaluated"]
         run.votes = Counter(state["votes"])
         reader = dcp.HuggingFaceStorageReader(str(last / STATE))
-        # In place: tensors() gives the network's own and AdamW's, which it first makes, as zeros.
+        # In place: tensors() gives the network's own tensors, and AdamW's, made as zeros if needed.
         dcp.load(tensors(run), storage_reader=reader, no_dist=dist.get_world_size() == 1)
     if is_first():
         for log in run.directory.glob("*.jsonl"):

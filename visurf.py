@@ -72,7 +72,7 @@ def visurf_advantages(rollout_rewards, label_components, drop_thinking_reward=Tr
 
 def label_reward(components, credit_thinking=False):
     """Reward control 2: the sum (...) of the label's components, in float64, without thinking."""
-    # A label has no thinking, so it scores 0; without this control (an ablation), it is paid 1.
+    # A label has no thinking: with this control it earns 0 for it, and without (an ablation) 1.
     if "thinking" in components:
         components = components | {"thinking": float(credit_thinking)}
     return sum(torch.as_tensor(value, dtype=torch.float64) for value in components.values())
