@@ -232,7 +232,7 @@ def check_object(found, frame):
     valid &= abs(corners - cut).max(axis=0) <= 0.02 * np.array(frame)
     normalised = corners.max() <= 1 < max(frame)
     require(valid.all() and not normalised, f"no box with its point in {frame[0]} x {frame[1]}; "
-            f'another size or 0 to 1000 (add "frame"), or x, y, width, height? Before EXIF? {found}')
+            f'another size, 0 to 1000 (add "frame"), x, y, width, height, or before EXIF? {found}')
     found["bbox_2d"] = cut.ravel().tolist()
     found["point_2d"] = point.clip(0, frame).tolist()
 
