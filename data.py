@@ -144,7 +144,7 @@ def open_rows(path, split):
             if named == [split]:
                 files.append(str(file))
         require(files, "no Parquet file in it whose path names this split alone")
-        # Whatever is given counts as "train". Arrow's format leaves images encoded till their turn.
+        # To datasets, all given files are "train". Arrow's format leaves images encoded till used.
         return load_dataset("parquet", data_files=files, split="train").with_format("arrow")
     except Exception as error:           # damaged files make it raise nearly anything
         raise UserError(f"{path}: no readable {split} data ({error!r:.300}); give JSON lines "
@@ -211,7 +211,7 @@ def read_label(row, task, frame, choices):
         value = str(choices[int(value)])                    # as ScienceQA answers
     if isinstance(value, list) and not any(isinstance(found, dict) for found in value):
         value = [{"bbox_2d": box} for box in np.reshape(value, (-1, 4)).tolist()]  # one or more
-    # Some columns hold the objects, others their JSON text; an answer is a text.
+    # Some columns hold the objects, others their JSON text; read_answer takes text.
     text = value if isinstance(value, str) else json.dumps(value)
     if task.kind == "count":
         text = text.removesuffix(".0")                      # tables with gaps hold 24.0
@@ -232,7 +232,7 @@ def check_object(found, frame):
     valid &= abs(corners - cut).max(axis=0) <= 0.02 * np.array(frame)
     normalised = corners.max() <= 1 < max(frame)
     require(valid.all() and not normalised, f"no box with its point in {frame[0]} x {frame[1]}; "
-            f'another size, 0 to 1000 (add "frame"), x, y, width, height, or before EXIF? {found}')
+            f'another frame, 0 to 1000 (add "frame"), x, y, width, height, or before EXIF? {found}')
     found["bbox_2d"] = cut.ravel().tolist()
     found["point_2d"] = point.clip(0, frame).tolist()
 
@@ -277,7 +277,7 @@ def open_image(source, only_size=False):
 def move_objects(objects, src_frame, dst_frame, round_to_int=False):
     """New objects with the same boxes and points in another frame; a text, or None, stays."""
     def move(numbers):
-        corners = np.reshape(numbers, (-1, 2)) * dst_frame / src_frame      # a point is one
+        corners = np.reshape(numbers, (-1, 2)) * dst_frame / src_frame      # a point is (1, 2)
         if round_to_int:
             corners = corners.round().astype(int)
             if len(corners) == 2:

@@ -144,7 +144,7 @@ def metrics(results, task):
         # All intersections over all unions: large objects weigh more than in gIoU.
         means["cIoU"] = means["intersection"] / means["union"]
     if "detected" in means and "N-Acc" in means:
-        # Of yes-or-no answers, the area is the mean of the hit rates with a defect and without one.
+        # With yes-or-no answers, ROC-AUC is the mean of two hit rates: with a defect, and without.
         means["ROC-AUC"] = (means["detected"] + means["N-Acc"]) / 2
     names = (*task.metrics, "well_formed", "thinking", "truncated", "length", "reward")
     return {name: means.get(name) for name in names} | {"samples": len(results)}

@@ -15,7 +15,7 @@ The vision tower runs once, and all members' gradients meet in the prompt.
 Shapes
     B   prompts in a batch               P   prompt tokens, right-padded to the longest
     N   completions of each prompt       T   completion tokens, right-padded
-    R   rows being decoded, B*N          S   tokens of the flat sequence: B*P, then completions'
+    R   rows being decoded, B*N          S   tokens of the flat sequence: B*P, then the completions'
     D   hidden size                      V   vocabulary          M   tokens to be scored
     H   query heads, K key/value heads, g = H/K query heads for each of them, E size of a head"""
 
@@ -243,7 +243,7 @@ class TokenLogProbs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            # In float32, which autograd rounds once: sums rounded at each chunk are off by 1 %.
+            # In float32; autograd rounds the sum once. Sums rounded at each chunk are off by 1 %.
             grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         for start in range(0, len(hidden), CHUNK):
             part = slice(start, start + CHUNK)
@@ -283,7 +283,7 @@ def generate(network, prompts, num_generations=1, max_new_tokens=256, temperatur
              cuda_graph=True):
     """Sample num_generations Completions of each prompt; temperature 0 is greedy decoding.
     seeds: an integer below 2**32 for each prompt (default 0, 1, ...) decides all random numbers
-    of its rollouts, whatever else is in the batch. cuda_graph changes only the time."""
+    of its rollouts, whatever else is in the batch. cuda_graph changes time and rounding."""
     if not prompts:
         return []
     decoder = Decoder(network, prompts, num_generations, max_new_tokens, cuda_graph)

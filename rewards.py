@@ -28,8 +28,8 @@ NO_FORMULA = re.compile(r"(?s)^[a-zA-Z ]{3,}$|\d\s+\d|.{201}")
 def score(completion, label, kind="objects", frame=(840, 840), choices=(), **thresholds):
     """A completion's rewards by component: those of the table above that its kind has.
 
-    label: text, or objects with "bbox_2d" and "point_2d", from 0 to frame (width, height).
-    kind: "count", "math", or else objects. thresholds: accuracy_score's, lengths in pixels of 840.
+    label: text, or objects with "bbox_2d" and "point_2d", in coordinates of frame (width, height).
+    kind: "count", "math", or else objects. thresholds: accuracy_score's, for a frame scaled to 840.
 
     >>> score("<answer>[]</answer>", [])
     {'thinking': 0.0, 'format': 2.0, 'accuracy': 3.0, 'non_repeat': 1.0}
@@ -102,7 +102,7 @@ def format_score(predicted, label):
         return 2.0
     if predicted:
         return sum(map(len, predicted)) / len(predicted)
-    # A right "[]" earns all, or inventing boxes would earn more; a wrong one earns nothing.
+    # A right "[]" earns all: otherwise inventing boxes would earn more. A wrong one earns nothing.
     return 2.0 if predicted == [] and count(label) == 0 else 0.0
 
 def count(answer):
@@ -161,7 +161,8 @@ def match(gains):
         column = bidders.pop()
         net = worth[:, column] - prices
         second, best = np.argsort(net)[-2:]
-        # Each of m columns overpays by 1/(m + 1) or less, all by < 1: no integer sum is higher.
+        # A bid makes the second row as good, and adds 1/(m + 1). So each column ends with a row at
+        # most 1/(m + 1) below its best: all together less than 1, and no integer sum is higher.
         prices[best] += net[best] - net[second] + 1 / (m + 1)
         if owners[best] >= 0:
             bidders.append(owners[best])
@@ -178,7 +179,7 @@ def same_answer(predicted, label, choices=()):
         return True
     if NO_FORMULA.search(gold) or NO_FORMULA.search(answer):
         return False
-    # Once (@cache), before the fork: what sympy loads at first use takes longer than most pairs.
+    # Once (@cache), before the fork: loading sympy's parts takes longer than most pairs do.
     equal_formulas("x(x+1)", "x^2+x")
     # A child judges. After half a second of CPU time the kernel kills it, even inside a long C
     # call, such as gmpy2's on 9^{9^{9^9}}, and the pair counts as not equal.
@@ -197,7 +198,7 @@ def same_answer(predicted, label, choices=()):
 def equal_formulas(gold, answer):
     """Math-verify's judgement. It may take forever, or crash."""
     from math_verify import parse, verify
-    # Its timeouts are off, as they are alarms, which need the main thread: silence that warning.
+    # Its timeouts are alarms, which need the main thread: off. Silence its warning about that.
     logging.getLogger("math_verify").setLevel("CRITICAL")
     gold = parse(f"${gold}$", parsing_timeout=None)
     answer = parse(f"${answer}$", parsing_timeout=None)

@@ -49,14 +49,14 @@ class Settings(Common):
     micro_batch_size: int = flag(1, "prompts, with their groups, in one forward pass", 1)
     num_generations: int = flag(8, "rollouts of each prompt (G)", 2, 1024)
     temperature: float = flag(1.0, "of sampling and of log-probs", 0.01)
-    learning_rate: float = flag(1e-6, "of AdamW, constant; for LoRA 10 times as high")
+    learning_rate: float = flag(1e-6, "of AdamW, constant; the default for LoRA is 10 times it")
     lora_rank: int = flag(0, "train only LoRA adapters of this rank; 0: all weights", 0, 1024)
     freeze_vision_tower: bool = flag(False, "do not train the vision tower; LoRA never does")
     align_label: bool = flag(True, "control 1: write the label in the rollouts' style")
     drop_thinking_reward: bool = flag(True, "control 2: no thinking reward for the label")
     smooth_label_reward: bool = flag(True, "control 3: no advantage for a label that is matched")
     checkpoint_activations: bool = flag(True, "compute activations twice to save memory")
-    cpu_offload: bool = flag(False, "weights and optimizer off the GPU: set OMP_NUM_THREADS")
+    cpu_offload: bool = flag(False, "weights and optimizer off the GPU; raise OMP_NUM_THREADS")
     save_steps: int = flag(100, "steps between checkpoints", 1)
     keep: int = flag(1, "checkpoints to keep", 1)
     eval_steps: int = flag(0, "steps between evaluations; 0: none", 0)
@@ -301,7 +301,7 @@ def update(run, groups):
     if micro_batches:
         norm = torch.nn.utils.clip_grad_norm_(run.network.parameters(), max_norm=1.0)
         norm = norm.full_tensor().item()
-    # All ranks see the same sums, so they agree. If no group is useful, step() changes nothing.
+    # All ranks see the same sums, so they agree. If no group is useful, all gradients are None.
     if total > 0 and np.isfinite(mean_loss + norm):
         run.optimizer.step()
         run.skipped = 0
@@ -377,7 +377,7 @@ def load_network(settings, source, device):
     offload = fsdp.OffloadPolicy()
     if settings.cpu_offload:
         offload = fsdp.CPUOffloadPolicy(pin_memory=on_gpu)
-    # Each block is a unit, the rest another. Buffers, the sampler's too, go to the GPU in place.
+    # Each block is a unit, the rest another. This moves buffers, the sampler's too, in place.
     blocks = [m for m in network.modules() if isinstance(m, GradientCheckpointingLayer)]
     for module in [*blocks, network]:
         fsdp.fully_shard(module, mp_policy=policy, offload_policy=offload)

@@ -56,7 +56,7 @@ def visurf_advantages(rollout_rewards, label_components, drop_thinking_reward=Tr
                       smooth_label_reward=True):
     """Advantages (..., N) of G rollouts with rewards (..., G), and of their label, the last.
 
-    label_components: a dict of the label's rewards, each a number or (...). The two flags switch
+    label_components: a dict of the label's rewards, numbers or tensors (...). The two flags switch
     controls 2 and 3; control 1 is in the text that was scored.
     >>> visurf_advantages(torch.zeros(4), {"format": 1.0, "accuracy": 3.0})
     tensor([-0.4472, -0.4472, -0.4472, -0.4472,  1.7889])
@@ -72,7 +72,7 @@ def visurf_advantages(rollout_rewards, label_components, drop_thinking_reward=Tr
 
 def label_reward(components, credit_thinking=False):
     """Reward control 2: the sum (...) of the label's components, in float64, without thinking."""
-    # A label has no thinking: with this control it earns 0 for it, and without (an ablation) 1.
+    # A label never thinks: it earns 0 with this control, and is given 1 without it (an ablation).
     if "thinking" in components:
         components = components | {"thinking": float(credit_thinking)}
     return sum(torch.as_tensor(value, dtype=torch.float64) for value in components.values())

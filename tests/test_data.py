@@ -782,7 +782,7 @@ def test_a_box_that_cannot_be_of_its_image_is_refused_with_the_usual_reasons(tmp
     """Cut, as it was once, it would teach another box, with its point on an edge."""
     message = mistake(load_row, tmp_path, row | {"bbox": [box]})
     assert "row 1: " + BEYOND + "100 x 80; " in message
-    for reason in ("1000", "another size", '"frame"', "x, y, width, height", "EXIF"):
+    for reason in ("1000", "another frame", '"frame"', "x, y, width, height", "EXIF"):
         assert reason in message
 
 
