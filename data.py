@@ -232,7 +232,7 @@ def check_object(found, frame):
     valid &= abs(corners - cut).max(axis=0) <= 0.02 * np.array(frame)
     normalised = corners.max() <= 1 < max(frame)
     require(valid.all() and not normalised, f"no box with its point in {frame[0]} x {frame[1]}; "
-            f'another frame, 0 to 1000 (add "frame"), x, y, width, height, or before EXIF? {found}')
+            f'another frame, 0 to 1000 (add "frame"), [x, y, width, height], before EXIF? {found}')
     found["bbox_2d"] = cut.ravel().tolist()
     found["point_2d"] = point.clip(0, frame).tolist()
 
@@ -261,12 +261,13 @@ def open_image(source, only_size=False):
         if not isinstance(image, Image.Image):
             image = Image.open(image)    # refuses more than 179 megapixels
         require(not image.mode.startswith(("I", "F")), "over 8 bits a colour: convert it")
+        # A tag behind a PNG's pixels does not count: to see it, Pillow would decode them all.
+        has_exif = image.format != "PNG" or "exif" in image.info
         if only_size:
-            # Pillow would decode a whole PNG to look for a tag at its end.
-            has_exif = image.format != "PNG" or "exif" in image.info
             is_turned = has_exif and image.getexif().get(0x0112, 1) > 4      # by 90 or 270 degrees
             return image.size[::-1] if is_turned else image.size
-        image = ImageOps.exif_transpose(image)
+        if has_exif:
+            image = ImageOps.exif_transpose(image)
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

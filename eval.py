@@ -51,7 +51,7 @@ class Common:
     model: str = flag("", "checkpoint directory or hub id")
     data: str = flag("", "file, folder or hub id")
     output_dir: str = flag("", "by default runs/TASK-METHOD, or runs/eval-TASK-MODEL")
-    max_completion_length: int = flag(512, "tokens; memory grows as its square", 1, 8192)
+    max_completion_length: int = flag(512, "tokens; training memory grows as its square", 1, 8192)
     image_size: int = flag(0, "side of images in pixels", 1, 8192)
     skip_bad_rows: bool = flag(False, "leave out rows that cannot be used, and count them")
     cuda_graph: bool = flag(True, "on a GPU, capture the decoding step: faster")

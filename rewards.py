@@ -47,7 +47,7 @@ def score(completion, label, kind="objects", frame=(840, 840), choices=(), **thr
 
 def split_completion(completion):
     """The prose before the last `<answer>` outside thinking, and the answer, None if not closed."""
-    # Thinking becomes NULs, one for each character: no answer may start in it or hold it.
+    # Thinking becomes NULs, one for each character: no answer may start in it or contain it.
     visible = re.sub(r"(?s)<think>.*?(?:</think>|\Z)", lambda t: "\0" * len(t[0]), completion)
     prose, opened, rest = visible.rpartition("<answer>")
     if not opened:

@@ -85,8 +85,7 @@ class Run:
     writer: object = None              # for TensorBoard, on the first rank
 
 STATE = "training_state"               # of a checkpoint: a folder of tensors, and a JSON file
-# torch.distributed.checkpoint says this whenever a single process saves.
-warnings.filterwarnings("ignore", "torch.distributed is disabled")
+warnings.filterwarnings("ignore", "torch.distributed is disabled")     # when one process saves
 
 def main(argv=None):
     """The command line."""
@@ -301,7 +300,7 @@ def update(run, groups):
     if micro_batches:
         norm = torch.nn.utils.clip_grad_norm_(run.network.parameters(), max_norm=1.0)
         norm = norm.full_tensor().item()
-    # All ranks see the same sums, so they agree. If no group is useful, all gradients are None.
+    # All ranks see the same sums, so they agree. If no group is useful, step() has nothing to do.
     if total > 0 and np.isfinite(mean_loss + norm):
         run.optimizer.step()
         run.skipped = 0
@@ -328,7 +327,7 @@ def plan(run, groups):
     return micro_batches, of_all_ranks[:, 1].mean()
 
 def loss_of(run, micro_batch, total):
-    """The loss of some groups, of b prompts: a sum over their tokens, divided by `total`."""
+    """The loss of b groups: a sum over their tokens, divided by `total`."""
     examples = [group.example for group in micro_batch]
     prompts = model.PromptBatch.from_prompts(examples, run.network.config, run.device)
     ids, mask = model.pad_completions([group.ids for group in micro_batch])  # (b, N, T)

@@ -237,6 +237,22 @@ def test_transparent_images_stand_on_white(tmp_path):
     assert np.abs(seen - np.rot90(expected["rgba.png"], -1)).max() <= 1, "upright too"
 
 
+def test_an_image_has_the_size_that_its_header_told(tmp_path):
+    """A PNG may hold its EXIF chunk before its pixels or behind them, which the header does not show."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 20)).save(tmp_path / "before.png", exif=exif)
+    png = (tmp_path / "before.png").read_bytes()
+    start = png.index(b"eXIf") - 4
+    chunk = png[start:start + 12 + int.from_bytes(png[start:start + 4], "big")]
+    end = png.index(b"IEND") - 4
+    (tmp_path / "behind.png").write_bytes(png[:start] + png[start + len(chunk):end] + chunk + png[end:])
+    for name, size in (("before.png", (20, 40)), ("behind.png", (40, 20))):
+        assert data.open_image(tmp_path / name, only_size=True) == size
+        assert data.open_image(tmp_path / name).size == size
+    assert Image.open(tmp_path / "behind.png").getexif()[0x0112] == 6, "Pillow finds it"
+
+
 def test_an_image_that_claims_to_be_huge_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     Image.new("RGB", (300, 200)).save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 29_000)        # Pillow warns until twice that
@@ -782,7 +798,7 @@ def test_a_box_that_cannot_be_of_its_image_is_refused_with_the_usual_reasons(tmp
     """Cut, as it was once, it would teach another box, with its point on an edge."""
     message = mistake(load_row, tmp_path, row | {"bbox": [box]})
     assert "row 1: " + BEYOND + "100 x 80; " in message
-    for reason in ("1000", "another frame", '"frame"', "x, y, width, height", "EXIF"):
+    for reason in ("1000", "another frame", '"frame"', "[x, y, width, height]", "EXIF"):
         assert reason in message
 
 
