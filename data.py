@@ -119,8 +119,7 @@ def load_samples(source, task, split="train", limit=0, skip_bad_rows=False):
         where = f"{path}, row {number + 1}"
         try:
             samples.append(read_sample(rows, number, path, task, where))
-        # Python's own messages are useful too: "cannot reshape array of size 3".
-        except (ValueError, TypeError, ArithmeticError, RecursionError) as error:
+        except (ValueError, TypeError, ArithmeticError, RecursionError) as error:     # Python's too
             require(skip_bad_rows, f"{where}: {error}; see --skip_bad_rows")
             bad_rows += 1
     require(samples, f"{path}: no good row, {bad_rows} bad ones; give other data")
@@ -182,8 +181,8 @@ def read_sample(rows, number, path, task, where):
     width = row.get("img_width") or upright[0]
     height = row.get("img_height") or upright[1]
     size = (int(width), int(height))
-    # The authors write labels for training ("problem") in pixels of the image that the row holds,
-    # and those for tests ("text") in pixels of the original.
+    # The authors write labels for training ("problem") in pixels of the row's image, `upright` in
+    # size, and those for tests ("text") in pixels of the original, whose size is `size`.
     default_frame = upright if row.get("problem") is not None else size
     frame = tuple(row.get("frame") or default_frame)
     for width, height in (frame, size):         # not too large: eval.py paints such masks
@@ -261,7 +260,7 @@ def open_image(source, only_size=False):
         if not isinstance(image, Image.Image):
             image = Image.open(image)    # refuses more than 179 megapixels
         require(not image.mode.startswith(("I", "F")), "over 8 bits a colour: convert it")
-        # A tag behind a PNG's pixels does not count: to see it, Pillow would decode them all.
+        # A tag after a PNG's pixels does not count: to see it, Pillow would decode them all.
         has_exif = image.format != "PNG" or "exif" in image.info
         if only_size:
             is_turned = has_exif and image.getexif().get(0x0112, 1) > 4      # by 90 or 270 degrees

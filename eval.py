@@ -294,8 +294,7 @@ def note_signals():
     """From now on a signal to stop is only noted; `leave_if_asked` acts on it."""
     received_signals.clear()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        # nohup ignores SIGHUP: leave it so.
-        if signal.getsignal(number) != signal.SIG_IGN:
+        if signal.getsignal(number) != signal.SIG_IGN:       # as nohup ignores SIGHUP
             signal.signal(number, lambda number, frame: received_signals.append(number))
 
 def leave_if_asked(program, message):

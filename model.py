@@ -59,7 +59,7 @@ class GroupPolicy(nn.Module):
         mask (B, N, T) is True on tokens and False on the padding behind them, which gets 0."""
         _, N, T = completions.shape
         B, P = batch.ids.shape
-        # Token t of a completion predicts token t + 1, and is an input only if there is one.
+        # Token t of a completion predicts token t + 1, and is an input only if mask has t + 1.
         attend = GroupAttention(batch.lengths, P, is_input=mask[:, :, 1:])
         b, n, t = attend.where  # prompt, completion and place of each input
         prompt_positions, next_position = self.positions(batch)
@@ -222,8 +222,7 @@ class GroupAttention:
 
 # ---- Log-probs without the logits of a whole batch in memory -----------------------------------
 class TokenLogProbs(torch.autograd.Function):
-    """log softmax(hidden @ weight.T / temperature)[targets], (M,) float32.
-    hidden (M, D), weight (V, D), targets (M,). Backward computes logits again, CHUNK at a time."""
+    """log softmax(hidden (M, D) @ weight (V, D).T / temperature)[targets (M,)], (M,) float32."""
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, forbidden):
         totals = hidden.new_empty(len(hidden), 1, dtype=torch.float32)
@@ -239,11 +238,12 @@ class TokenLogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
+        # Logits are computed again, as they would fill the memory.
         hidden, weight, targets, forbidden, totals = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            # In float32; autograd rounds the sum once. Sums rounded at each chunk are off by 1 %.
+            # In float32: autograd casts it to weight's type, once; at each chunk it would cost 1 %.
             grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         for start in range(0, len(hidden), CHUNK):
             part = slice(start, start + CHUNK)
@@ -342,8 +342,7 @@ def draw(probabilities, uniform):
 
 class Decoder:
     """Runs each prompt once, then one token of each row a step, with a KV cache.
-    A prompt's keys and values are kept once, for all its rows. On CUDA a step is captured as a
-    graph, whose shapes are fixed: attention then reads all slots, and empty ones are masked."""
+    A prompt's keys and values are kept once, for all its rows."""
     def __init__(self, network, prompts, N, max_tokens, cuda_graph):
         device = network.vlm.lm_head.weight.device
         self.network = network
@@ -351,6 +350,7 @@ class Decoder:
         self.B, self.P = self.batch.ids.shape
         self.N = N
         self.max_tokens = max_tokens
+        # A graph's shapes are fixed: attention then reads all slots, and empty ones are masked.
         self.captures = cuda_graph and device.type == "cuda"
         self.graph = None
         self.prompts = {}  # by layer: keys (K*B, E, P) and values (K*B, P, E)
@@ -423,7 +423,7 @@ class Decoder:
         cache = self.rows[layer].index_copy_(2, self.slot, own)  # (2, K*R, max_tokens, E)
         keys, values = cache[:, :, : self.window]
         prompt_keys, prompt_values = self.prompts[layer]
-        # Axis K*R unfolds to (K, B, N): a prompt's keys meet N*g queries, a row's own keys meet g.
+        # As (K, B, N, g): a prompt's keys meet N*g queries of axis K*B, a row's own meet g of K*R.
         q = (q * E**-0.5).view(K, g, R, E)
         q = q.transpose(1, 2).reshape(K * R, g, E)
         on_prompt = product(q.view(K * self.B, -1, E), prompt_keys)  # (K*B, N*g, P)

@@ -26,7 +26,7 @@ CHARACTERS = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {ord("√
 NO_FORMULA = re.compile(r"(?s)^[a-zA-Z ]{3,}$|\d\s+\d|.{201}")
 
 def score(completion, label, kind="objects", frame=(840, 840), choices=(), **thresholds):
-    """A completion's rewards by component: those of the table above that its kind has.
+    """A completion's rewards by component: those in the table above that its kind has.
 
     label: text, or objects with "bbox_2d" and "point_2d", in coordinates of frame (width, height).
     kind: "count", "math", or else objects. thresholds: accuracy_score's, for a frame scaled to 840.
@@ -114,7 +114,7 @@ def accuracy_score(predicted, label, frame, iou_above=0.5, l1_below=10, distance
     if predicted is None:
         return 0.0
     if not predicted or not label or isinstance(predicted, str) or isinstance(label, str):
-        # Without pairs, numbers decide; a bare number earns little where objects could be shown.
+        # No boxes to pair: counts decide. A bare number earns little where the label has objects.
         best = 1.0 if isinstance(predicted, str) and isinstance(label, list) else 3.0
         return best if count(predicted) == count(label) else 0.0
     # What is missing cannot earn: it becomes a box without area, or a point outside of any box.
@@ -161,7 +161,7 @@ def match(gains):
         column = bidders.pop()
         net = worth[:, column] - prices
         second, best = np.argsort(net)[-2:]
-        # A bid makes the second row as good, and adds 1/(m + 1). So each column ends with a row at
+        # A bid leaves the best row 1/(m + 1) worse than the second. So a column ends with a row at
         # most 1/(m + 1) below its best: all together less than 1, and no integer sum is higher.
         prices[best] += net[best] - net[second] + 1 / (m + 1)
         if owners[best] >= 0:
@@ -207,7 +207,8 @@ def equal_formulas(gold, answer):
 def meaning(answer, choices=()):
     r"""An answer in plain characters, without \boxed{}; a choice's text for letter or index."""
     unboxed = re.sub(r"^\\boxed\{((?!.*\\boxed).*)\}[\s.]*$", r"\1", answer.strip())
-    text = unboxed.translate(CHARACTERS).strip().rstrip(" .")
+    rooted = re.sub(r"√\s*(\d+(?:\.\d+)?|\([^()]*\))", r"\\sqrt{\1}", unboxed)     # √12, √(12)
+    text = rooted.translate(CHARACTERS).strip().rstrip(" .")
     options = [meaning(choice) for choice in choices]
     names = dict(zip(ascii_uppercase, options))
     # Among choices that have numbers, a number is no index.

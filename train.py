@@ -49,7 +49,7 @@ class Settings(Common):
     micro_batch_size: int = flag(1, "prompts, with their groups, in one forward pass", 1)
     num_generations: int = flag(8, "rollouts of each prompt (G)", 2, 1024)
     temperature: float = flag(1.0, "of sampling and of log-probs", 0.01)
-    learning_rate: float = flag(1e-6, "of AdamW, constant; the default for LoRA is 10 times it")
+    learning_rate: float = flag(1e-6, "of AdamW, constant; LoRA's default is 10 times the task's")
     lora_rank: int = flag(0, "train only LoRA adapters of this rank; 0: all weights", 0, 1024)
     freeze_vision_tower: bool = flag(False, "do not train the vision tower; LoRA never does")
     align_label: bool = flag(True, "control 1: write the label in the rollouts' style")
@@ -121,6 +121,10 @@ def train(settings):
               device, network, sampler, optimizer, eval_samples=eval_samples)
     on_first_rank(write_text, directory / "config.json", json.dumps(config, indent=2))
     resume(run)
+    if settings.tensorboard and is_first():
+        from torch.utils.tensorboard import SummaryWriter
+        # After --resume, this drops what was logged of later steps.
+        run.writer = SummaryWriter(directory, purge_step=run.step + 1)
     on_first_rank(print, f"{settings.method} on {len(samples)} samples, {world()[1]} x {device}")
     if settings.method != "sft":
         # Advantages cancel, and so, nearly, does the loss.
@@ -163,7 +167,7 @@ def evaluate_if_due(run):
     with gathered(run) as network:
         results, bad_rows = evaluate(network, run.processor, run.eval_samples,
                                      settings.max_completion_length, 32, settings.cuda_graph)
-    leave_if_asked("train.py", "--resume continues")
+    leave_if_asked("train.py", "--resume continues")       # the evaluation has stopped early then
     for problem in bad_rows:
         require(settings.skip_bad_rows, f"{problem}; see --skip_bad_rows")
     values = metrics(results, run.processor.task)
@@ -229,7 +233,7 @@ def encode_share(run, indices):
         seed = np.random.SeedSequence([settings.seed, index]).generate_state(1)[0]
         try:
             example = run.processor.encode(run.samples[order[place]])
-            # If a label's shortest style does not fit, no rollout matches it: GRPO learns nothing.
+            # A rollout can equal a label only if its shortest style fits. ViSurf and SFT inject it.
             label = run.processor.token_ids(visurf.align_label(example.label, "compact") + data.END)
             require(settings.method != "rlvr" or len(label) <= settings.max_completion_length,
                     f"{example.sample.where}: a label that is longer than --max_completion_length")
@@ -300,7 +304,7 @@ def update(run, groups):
     if micro_batches:
         norm = torch.nn.utils.clip_grad_norm_(run.network.parameters(), max_norm=1.0)
         norm = norm.full_tensor().item()
-    # All ranks see the same sums, so they agree. If no group is useful, step() has nothing to do.
+    # All ranks see the same sums, so they agree. Without a useful group, gradients are None: no-op.
     if total > 0 and np.isfinite(mean_loss + norm):
         run.optimizer.step()
         run.skipped = 0
@@ -361,7 +365,7 @@ def load_network(settings, source, device):
     if on_gpu:
         needed = 0
         for weight in network.parameters():
-            # Bytes: 2 gathered; sharded 16 if trained (gradient, moments), 4 if not (with LoRA 2).
+            # Bytes of a weight: 2 gathered, and sharded 16 if trained, 4 if frozen (with LoRA 2).
             frozen = 2 if settings.lora_rank else 4
             kept = 16 if weight.requires_grad else frozen
             share = 0 if settings.cpu_offload else kept / dist.get_world_size()
@@ -427,7 +431,7 @@ def save(run):
         on_first_rank(shutil.rmtree, unfinished)
 
 def write_checkpoint(run, directory):
-    """Write a Hugging Face checkpoint and the training state, to the disk and not to a cache."""
+    """Write a Hugging Face checkpoint and the training state, and wait until the disk has them."""
     with gathered(run) as network:
         # An error if its log-probs are NaN: such weights must not replace better ones.
         model.generate(network, [run.filler.example], 1, 1)
@@ -503,7 +507,7 @@ def summarize(records, settings):
     columns = defaultdict(list)
     for record in records:
         # Labels come last. Questions about something absent are counted apart.
-        kind = "present" if record["label"] else "absent"
+        kind = "absent" if record["label"] in ([], "0") else "present"
         columns["length"] += record["lengths"][:G]
         for text in record["texts"][:G]:
             columns[f"thinking/{kind}"].append(rewards.has_thinking(text))
@@ -537,13 +541,10 @@ def log_step(run, values, records):
             append(run, "completions.jsonl", record)
 
 def append(run, name, entry):
-    """Add an entry to a log of JSON lines, with its step, and its numbers to TensorBoard's log."""
+    """Add an entry to a log of JSON lines, with its step, and its floats to TensorBoard's log."""
     with open(run.directory / name, "a") as log:
         log.write(json.dumps({"step": run.step} | entry) + "\n")
-    if run.settings.tensorboard:
-        from torch.utils.tensorboard import SummaryWriter
-        # After --resume, this drops what was logged of this and later steps.
-        run.writer = run.writer or SummaryWriter(run.directory, purge_step=run.step)
+    if run.writer is not None:
         for key, value in entry.items():
             if isinstance(value, float):
                 run.writer.add_scalar(f"{name.removesuffix('.jsonl')}/{key}", value, run.step)
