@@ -130,6 +130,8 @@ def test_means_of_groups_whose_label_is_empty_stand_apart():
     assert found == {"thinking/absent": 0.5, "empty/absent": 1.0, "label_active/absent": 1.0,
                      "thinking/present": 1.0, "empty/present": 0.5, "label_active/present": 0.0}
     assert means["label_active"] == 0.5
+    means = train.summarize([{**absent, "label": "0"}, {**absent, "label": "10"}], train.Settings(num_generations=2))
+    assert "thinking/absent" in means and "thinking/present" in means, "a count of nothing is absent, too"
 
 
 SHARED = ROOT.parent / "shared" / "data"
