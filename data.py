@@ -119,7 +119,7 @@ def load_samples(source, task, split="train", limit=0, skip_bad_rows=False):
         where = f"{path}, row {number + 1}"
         try:
             samples.append(read_sample(rows, number, path, task, where))
-        except (ValueError, TypeError, ArithmeticError, RecursionError) as error:     # Python's too
+        except (ValueError, TypeError, ArithmeticError, RecursionError) as error:  # ours or Python's
             require(skip_bad_rows, f"{where}: {error}; see --skip_bad_rows")
             bad_rows += 1
     require(samples, f"{path}: no good row, {bad_rows} bad ones; give other data")
@@ -181,8 +181,8 @@ def read_sample(rows, number, path, task, where):
     width = row.get("img_width") or upright[0]
     height = row.get("img_height") or upright[1]
     size = (int(width), int(height))
-    # The authors write labels for training ("problem") in pixels of the row's image, `upright` in
-    # size, and those for tests ("text") in pixels of the original, whose size is `size`.
+    # The authors give training labels ("problem") in pixels of the row's image, as `upright` says,
+    # and test labels ("text") in pixels of the original, as `size` says.
     default_frame = upright if row.get("problem") is not None else size
     frame = tuple(row.get("frame") or default_frame)
     for width, height in (frame, size):         # not too large: eval.py paints such masks

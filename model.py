@@ -243,7 +243,7 @@ class TokenLogProbs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            # In float32: autograd casts it to weight's type, once; at each chunk it would cost 1 %.
+            # In float32: autograd casts it once to weight's type. A cast per chunk errs by 1 %.
             grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         for start in range(0, len(hidden), CHUNK):
             part = slice(start, start + CHUNK)
@@ -423,7 +423,7 @@ class Decoder:
         cache = self.rows[layer].index_copy_(2, self.slot, own)  # (2, K*R, max_tokens, E)
         keys, values = cache[:, :, : self.window]
         prompt_keys, prompt_values = self.prompts[layer]
-        # As (K, B, N, g): a prompt's keys meet N*g queries of axis K*B, a row's own meet g of K*R.
+        # As (K, B, N, g): on_prompt takes q by prompt (N*g queries each), on_own by row (g each).
         q = (q * E**-0.5).view(K, g, R, E)
         q = q.transpose(1, 2).reshape(K * R, g, E)
         on_prompt = product(q.view(K * self.B, -1, E), prompt_keys)  # (K*B, N*g, P)

@@ -167,7 +167,7 @@ def evaluate_if_due(run):
     with gathered(run) as network:
         results, bad_rows = evaluate(network, run.processor, run.eval_samples,
                                      settings.max_completion_length, 32, settings.cuda_graph)
-    leave_if_asked("train.py", "--resume continues")       # the evaluation has stopped early then
+    leave_if_asked("train.py", "--resume continues")       # a signal cuts the evaluation short
     for problem in bad_rows:
         require(settings.skip_bad_rows, f"{problem}; see --skip_bad_rows")
     values = metrics(results, run.processor.task)
@@ -233,7 +233,7 @@ def encode_share(run, indices):
         seed = np.random.SeedSequence([settings.seed, index]).generate_state(1)[0]
         try:
             example = run.processor.encode(run.samples[order[place]])
-            # A rollout can equal a label only if its shortest style fits. ViSurf and SFT inject it.
+            # RLVR: no rollout can equal a label whose shortest style is too long. Others inject it.
             label = run.processor.token_ids(visurf.align_label(example.label, "compact") + data.END)
             require(settings.method != "rlvr" or len(label) <= settings.max_completion_length,
                     f"{example.sample.where}: a label that is longer than --max_completion_length")
@@ -304,7 +304,7 @@ def update(run, groups):
     if micro_batches:
         norm = torch.nn.utils.clip_grad_norm_(run.network.parameters(), max_norm=1.0)
         norm = norm.full_tensor().item()
-    # All ranks see the same sums, so they agree. Without a useful group, gradients are None: no-op.
+    # All ranks see the same sums, so they agree. Without a useful group, no weight has a gradient.
     if total > 0 and np.isfinite(mean_loss + norm):
         run.optimizer.step()
         run.skipped = 0
