@@ -119,7 +119,7 @@ def load_samples(source, task, split="train", limit=0, skip_bad_rows=False):
         where = f"{path}, row {number + 1}"
         try:
             samples.append(read_sample(rows, number, path, task, where))
-        except (ValueError, TypeError, ArithmeticError, RecursionError) as error:  # ours or Python's
+        except (ValueError, TypeError, ArithmeticError, RecursionError) as error:  # ours, Python's
             require(skip_bad_rows, f"{where}: {error}; see --skip_bad_rows")
             bad_rows += 1
     require(samples, f"{path}: no good row, {bad_rows} bad ones; give other data")
