@@ -354,7 +354,7 @@ class Decoder:
         self.captures = cuda_graph and device.type == "cuda"
         self.graph = None
         self.prompts = {}  # by layer: keys (K*B, E, P) and values (K*B, P, E)
-        self.rows = {}  # by layer: keys and values (K*R, max_tokens, E)
+        self.rows = {}  # by layer: keys and values in one, (2, K*R, max_tokens, E)
         self.t = -1  # the slot that the current token fills
         self.window = max_tokens  # how many slots attention reads
         # A graph reads these tensors: they are changed in place.

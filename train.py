@@ -60,7 +60,7 @@ class Settings(Common):
     save_steps: int = flag(100, "steps between checkpoints", 1)
     keep: int = flag(1, "checkpoints to keep", 1)
     eval_steps: int = flag(0, "steps between evaluations; 0: none", 0)
-    eval_data: str = flag("", "as for --data of eval.py")
+    eval_data: str = flag("", "like --data of eval.py")
     eval_limit: int = flag(200, "only the first samples of eval_data; 0: all", 0)
     tensorboard: bool = flag(False, "log for TensorBoard, too")
 
@@ -79,7 +79,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     votes: Counter = field(default_factory=Counter)      # label styles seen in rollouts so far
     step: int = 0                      # steps done
-    skipped: int = 0                   # updates in a row without usable rows or a finite gradient
+    skipped: int = 0                   # skipped updates in a row: no usable sample, or not finite
     eval_samples: list = field(default_factory=list)
     evaluated: int = -1                # the last step that was evaluated
     writer: object = None              # for TensorBoard, on the first rank
@@ -233,7 +233,7 @@ def encode_share(run, indices):
         seed = np.random.SeedSequence([settings.seed, index]).generate_state(1)[0]
         try:
             example = run.processor.encode(run.samples[order[place]])
-            # RLVR: no rollout can equal a label whose shortest style is too long. Others inject it.
+            # RLVR: no rollout can equal a label too long in any style. Other methods inject it.
             label = run.processor.token_ids(visurf.align_label(example.label, "compact") + data.END)
             require(settings.method != "rlvr" or len(label) <= settings.max_completion_length,
                     f"{example.sample.where}: a label that is longer than --max_completion_length")
@@ -304,7 +304,7 @@ def update(run, groups):
     if micro_batches:
         norm = torch.nn.utils.clip_grad_norm_(run.network.parameters(), max_norm=1.0)
         norm = norm.full_tensor().item()
-    # All ranks see the same sums, so they agree. Without a useful group, no weight has a gradient.
+    # All ranks see the same sums, so they agree. Without a useful group, step() changes no weight.
     if total > 0 and np.isfinite(mean_loss + norm):
         run.optimizer.step()
         run.skipped = 0
@@ -354,7 +354,7 @@ def load_network(settings, source, device):
         torch.manual_seed(settings.seed)        # new adapters are the same on all ranks
         model.add_adapters(network, source, settings.lora_rank, settings.model)
     # The sampler is a copy without FSDP's hooks. By this memo, deepcopy shares the buffers, and
-    # gives it weights that are empty until `gathered` lends it the network's.
+    # makes weights that are empty until `gathered` lends it the network's.
     memo = {}
     for buffer in network.buffers():
         memo[id(buffer)] = buffer
