@@ -430,8 +430,11 @@ def run_everything(records: dict):
 def run_again(records: dict):
     """Seed 0 of each method, from nothing; says whether the numbers are the recorded ones, bit for bit."""
     for job in jobs_after_search(records)["main"][::len(report.BASES)][:len(RATES)]:
-        same = run_job(job)["numbers"] == records[job.key]["numbers"]
-        print(f"{job.arm}, base {job.base}, seed {job.seed}: {'the same' if same else 'DIFFERENT'}", flush=True)
+        found, recorded = run_job(job), records[job.key]
+        verdict = "the same" if found["numbers"] == recorded["numbers"] else "DIFFERENT"
+        if found["cpu"] != recorded["cpu"]:
+            verdict += f" (recorded with {recorded['cpu']}, this is {found['cpu']}: it rounds differently)"
+        print(f"{job.arm}, base {job.base}, seed {job.seed}: {verdict}", flush=True)
 
 
 def show(records: dict, figure: Path) -> dict[str, str]:
