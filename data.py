@@ -178,9 +178,9 @@ def read_sample(rows, number, path, task, where):
         question += "\nChoices: " + ", ".join(map("{}. {}".format, ascii_uppercase, choices))
     image = partial(find_image, rows, number, path if path.is_dir() else path.parent)
     upright = open_image(image, only_size=True)
-    width = row.get("img_width") or upright[0]
-    height = row.get("img_height") or upright[1]
-    size = (int(width), int(height))
+    img_width = row.get("img_width") or upright[0]
+    img_height = row.get("img_height") or upright[1]
+    size = (int(img_width), int(img_height))
     # The authors give training labels ("problem") in pixels of the row's image, as `upright` says,
     # and test labels ("text") in pixels of the original, as `size` says.
     default_frame = upright if row.get("problem") is not None else size

@@ -243,7 +243,7 @@ class TokenLogProbs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            # In float32: autograd casts it once to weight's type. A cast per chunk errs by 1 %.
+            # In float32: autograd casts it once to weight's type. Casts per chunk err by up to 1 %.
             grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         for start in range(0, len(hidden), CHUNK):
             part = slice(start, start + CHUNK)

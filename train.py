@@ -107,7 +107,7 @@ def train(settings):
     on_first_rank(claim, directory, settings.resume)
     config = asdict(settings) | {"samples": len(samples)}
     on_first_rank(compare_with_before, directory, config)
-    # Resuming never reads --model: a checkpoint is whole, or adapters that name their base.
+    # Its own checkpoint replaces --model: that is whole, or adapters that name their base.
     saved = on_first_rank(own_checkpoints, directory)
     source = saved[-1] if saved else data.fetch(settings.model)
     base = data.fetch(model.find_base(source))
@@ -506,12 +506,12 @@ def summarize(records, settings):
     G = settings.num_generations
     columns = defaultdict(list)
     for record in records:
-        # Labels come last. Questions about something absent are counted apart.
+        # Labels come last. [] and 0 say that nothing is there: such groups are counted apart.
         kind = "absent" if record["label"] in ([], "0") else "present"
         columns["length"] += record["lengths"][:G]
         for text in record["texts"][:G]:
             columns[f"thinking/{kind}"].append(rewards.has_thinking(text))
-            columns[f"empty/{kind}"].append(rewards.read_answer(text) == [])
+            columns[f"empty/{kind}"].append(rewards.read_answer(text, "count") in ([], "0"))
         for components in record["rewards"][:G]:
             columns["reward"].append(sum(components.values()))
             for name, reward in components.items():

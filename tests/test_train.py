@@ -130,8 +130,10 @@ def test_means_of_groups_whose_label_is_empty_stand_apart():
     assert found == {"thinking/absent": 0.5, "empty/absent": 1.0, "label_active/absent": 1.0,
                      "thinking/present": 1.0, "empty/present": 0.5, "label_active/present": 0.0}
     assert means["label_active"] == 0.5
-    means = train.summarize([{**absent, "label": "0"}, {**absent, "label": "10"}], train.Settings(num_generations=2))
-    assert "thinking/absent" in means and "thinking/present" in means, "a count of nothing is absent, too"
+    texts = ["<answer>0</answer>", "<answer>10</answer>", "<answer>0</answer>"]
+    counts = [{**absent, "label": label, "texts": texts} for label in ("0", "10")]
+    means = train.summarize(counts, train.Settings(num_generations=2))
+    assert means["empty/absent"] == means["empty/present"] == 0.5, "a count of nothing is empty, too"
 
 
 SHARED = ROOT.parent / "shared" / "data"
